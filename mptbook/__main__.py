@@ -1,0 +1,50 @@
+"""The command line: `mptbook VERB [settings]`."""
+
+import importlib
+import os
+import sys
+
+VERBS = {
+    "corpora": ("mptbook.data.corpora", "Corpora", "fetch the default texts; list them"),
+    "tokenizer": ("mptbook.data.vocabulary", "LearnTokenizer", "learn a byte-level BPE"),
+    "prepare": ("mptbook.data.prepare", "Prepare", "turn texts into packed rows of tokens"),
+    "pretrain": ("mptbook.train.pretrain", "Pretrain", "train a model from scratch"),
+    "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
+    "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, (_, _, what) in VERBS.items())
+    return f"""usage: mptbook VERB [--config FILE.toml] [--setting value ...]
+
+{verbs}
+
+mptbook VERB --help lists the settings of a verb."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb. Exit code 2 and one line for what the user got wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"error: {verb} is not a verb; mptbook has {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    module, name, _ = VERBS[verb]
+    try:
+        settings = getattr(importlib.import_module(module), name)
+        settings.from_command_line(verb, rest).run()
+    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
+        if os.environ.get("MPTBOOK_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Using a model: cache, sampling, generation."""

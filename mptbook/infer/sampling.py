@@ -1,0 +1,59 @@
+"""From logits to the next token.
+
+Dimensions in this file
+    B   batch
+    V   vocabulary
+
+Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1904.09751
+(nucleus sampling, top-p).
+"""
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token for each row of logits.
+
+    Args:
+        logits: (B, V).
+        temperature: divides the logits; 0 takes the most likely token, the first of equals.
+        top_k: choose among the k most likely tokens only.
+        top_p: choose among the fewest tokens whose probabilities reach p together.
+        generator: source of randomness.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    ordered, tokens = (logits.float() / temperature).sort(dim=1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=1)  # (B, V), falling
+    if top_k is not None:
+        probabilities[:, top_k:] = 0
+    if top_p is not None:
+        before = probabilities.cumsum(dim=1) - probabilities
+        probabilities[before >= top_p] = 0  # the first token always stays: before it lies 0
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(1, choice)[:, 0]
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise a ValueError that names what is out of its range."""
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or larger")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; at least one token must remain")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")

@@ -1,0 +1,1 @@
+"""The model: configuration, norms, positions, attention, initialisation."""

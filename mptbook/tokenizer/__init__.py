@@ -1,0 +1,1 @@
+"""Text to token ids: learn a vocabulary, use one."""

@@ -1,0 +1,106 @@
+"""What a run writes down: one JSON object a line in `log.jsonl`, and lines for people.
+
+Every line has a `kind`: `step` (loss in nats per token, grad_norm, lr, targets, seconds since
+the run began or was resumed), `heldout` (bits_per_byte, over all and by domain), `sample`
+(text), `saved` (path) and `resumed`.
+"""
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mptbook.train.loop import StepLog
+
+SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
+
+
+def read_log(run: str | Path, kind: str) -> list[dict]:
+    """The lines of one kind from the log of a run directory, in order of their steps.
+
+    After a resume the steps since the last checkpoint are taken again: the later line counts.
+
+    Raises:
+        FileNotFoundError: if there is no log.
+    """
+    path = Path(run) / "log.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; is {run} a run of mptbook pretrain?")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    last = {line["step"]: line for line in lines if line["kind"] == kind}
+    return [last[step] for step in sorted(last)]
+
+
+class RunLog:
+    """Writes `log.jsonl`, and shows progress: a bar on a terminal, else a line now and then.
+
+    Args:
+        run: the run directory.
+        steps: steps of the whole run.
+        start: steps taken before a resume.
+    """
+
+    def __init__(self, run: Path, steps: int, start: int = 0) -> None:
+        # Line by line, so that a killed run has lost nothing that it said.
+        self._file = (run / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._begin = self._last_line = time.monotonic()
+        self._steps, self._start = steps, start
+        self._losses: deque[float] = deque(maxlen=50)
+        self._tokens = 0
+        self._terminal = sys.stderr.isatty()
+        self._bar = Progress(
+            BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), transient=True
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start)
+        if self._terminal:
+            self._bar.start()
+
+    def step(self, log: StepLog) -> None:
+        seconds = time.monotonic() - self._begin
+        self._write("step", log.step, seconds=round(seconds, 3), **_without_step(log))
+        self._losses.append(log.loss)
+        self._tokens += log.targets
+        loss = sum(self._losses) / len(self._losses)
+        line = (
+            f"step {log.step:,} of {self._steps:,}  loss {loss:.3f} nats/token  "
+            f"{self._tokens / seconds:,.0f} tokens/s"
+        )
+        if self._terminal:
+            self._bar.update(self._task, completed=log.step, description=line)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            left = seconds / (log.step - self._start) * (self._steps - log.step)
+            print(f"{line}  {left:.0f} s left", file=sys.stderr, flush=True)
+            self._last_line = time.monotonic()
+
+    def heldout(self, step: int, total: float, domains: dict[str, float]) -> None:
+        self._write("heldout", step, bits_per_byte=total, domains=domains)
+        parts = ", ".join(f"{name} {value:.3f}" for name, value in domains.items())
+        self.say(f"step {step:,}  held out: {total:.3f} bits per byte ({parts})")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._write("sample", step, prompt=prompt, text=text)
+        self.say(f"step {step:,}  {prompt}|{text}".replace("\n", " / "))
+
+    def event(self, kind: str, step: int, **what) -> None:
+        self._write(kind, step, **what)
+
+    def say(self, line: str) -> None:
+        """A line for people that the progress bar does not overwrite."""
+        if self._terminal:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._file.close()
+
+    def _write(self, kind: str, step: int, **what) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **what}) + "\n")
+
+
+def _without_step(log: StepLog) -> dict:
+    return {key: value for key, value in vars(log).items() if key != "step"}

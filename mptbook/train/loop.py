@@ -1,0 +1,94 @@
+"""The training loop: a generator that takes one optimizer step per `next`.
+
+Dimensions in this file
+    B   rows of a batch
+    T   tokens of a row
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mptbook.data.packing import IGNORE
+from mptbook.model.mpt import MPT
+
+
+@dataclass(frozen=True)
+class StepLog:
+    step: int  # steps taken, this one included
+    loss: float  # nats per target token
+    grad_norm: float  # before clipping
+    lr: float
+    targets: int  # target tokens behind this step
+
+
+def train_steps(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, ...]],
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    *,
+    steps: int,
+    start: int = 0,
+    accumulate: int = 1,
+    clip: float = 1.0,
+    precision: str = "bf16",
+) -> Iterator[StepLog]:
+    """Train `model`; yield a log after each step.
+
+    The caller decides what happens between steps: print, plot, evaluate, save, stop.
+
+    Args:
+        model: an `MPT`, or any module that turns ids (B, T) into logits (B, T, V).
+        batches: yields (inputs, targets) or (inputs, targets, documents), int64 (B, T); a
+            target of -100 costs nothing.
+        schedule: learning rate for a step number, counted from 0. A parameter group with an
+            `lr_factor` gets that multiple of it.
+        steps: number of the last step, so that `steps - start` are taken.
+        start: steps taken before, when a run is resumed.
+        accumulate: batches per step. Losses are summed and divided by the number of
+            targets of the whole step, so short rows do not weigh more than long ones.
+        clip: largest gradient norm allowed.
+        precision: `bf16` computes under autocast with float32 weights, `fp32` does not.
+
+    Raises:
+        ValueError: if `precision` is neither, or a step has no target at all.
+    """
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision is {precision!r}; it must be bf16 or fp32")
+    device = next(model.parameters()).device
+    for step in range(start, steps):
+        model.train()
+        group = [[part.to(device) for part in next(batches)] for _ in range(accumulate)]
+        targets = sum(int((y != IGNORE).sum()) for _, y, *_ in group)
+        if targets == 0:
+            raise ValueError(f"the batches of step {step + 1} have no target: all are {IGNORE}")
+        losses = []
+        for x, y, *documents in group:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = sum_of_losses(model, x, y, *documents)
+            (loss / targets).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        lr = schedule(step)
+        for params in optimizer.param_groups:
+            params["lr"] = lr * params.get("lr_factor", 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean_loss = torch.stack(losses).sum() / targets
+        yield StepLog(step + 1, float(mean_loss), float(norm), lr, targets)
+
+
+def sum_of_losses(
+    model: nn.Module, x: Tensor, y: Tensor, documents: Tensor | None = None
+) -> Tensor:
+    """Nats over all targets of a batch, a float32 scalar."""
+    if isinstance(model, MPT):
+        return model.loss(x, y, documents)
+    logits = model(x) if documents is None else model(x, documents)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
