@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = getattr(importlib.import_module(module), name)
         settings.from_command_line(verb, rest).run()
+    except KeyboardInterrupt:
+        return 130  # as a shell counts it: 128 + SIGINT
     except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
         if os.environ.get("MPTBOOK_TRACEBACK"):
             raise

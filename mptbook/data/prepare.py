@@ -76,7 +76,7 @@ def prepare(settings: Prepare) -> dict[str, Counts]:
     _claim(settings.out, made_of)
     tokenizer.save(settings.out / "tokenizer.json")
     done = {}
-    with Console(file=sys.stderr).status("preparing") as status:
+    with Console().status("preparing") as status:
         for name, source in sources.items():
             done[name] = _domain(settings, tokenizer, name, source, status.update)
     made_of["domains"] = {name: asdict(counts) for name, counts in done.items()}
@@ -104,8 +104,8 @@ def _domain(settings: Prepare, tokenizer: Tokenizer, name: str, source: str | No
         now = time.monotonic()
         line = f"{name}: {n_documents:,} documents, {n_bytes / 1e6 / (now - start):.1f} MB/s"
         say(line)
-        if not sys.stderr.isatty() and now - last_line > 5:
-            print(line, file=sys.stderr)
+        if not sys.stdout.isatty() and now - last_line > 5:
+            print(line, flush=True)
             last_line = now
     if not n_rows or not heldout:
         raise ValueError(

@@ -50,7 +50,7 @@ class RunLog:
         self._steps, self._start = steps, start
         self._losses: deque[float] = deque(maxlen=50)
         self._tokens = 0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stdout.isatty()
         self._bar = Progress(
             BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), transient=True
         )
@@ -72,7 +72,7 @@ class RunLog:
             self._bar.update(self._task, completed=log.step, description=line)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             left = seconds / (log.step - self._start) * (self._steps - log.step)
-            print(f"{line}  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{line}  {left:.0f} s left", flush=True)
             self._last_line = time.monotonic()
 
     def heldout(self, step: int, total: float, domains: dict[str, float]) -> None:
@@ -92,7 +92,7 @@ class RunLog:
         if self._terminal:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, flush=True)
 
     def close(self) -> None:
         self._bar.stop()

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Literal
 import datasets
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from mptbook.data.loader import Rows, batches
 from mptbook.directory import save_model
@@ -73,8 +82,21 @@ class Pretrain(RunSettings):
     keep: PositiveInt = Field(2, description="checkpoints kept")
     resume: bool = Field(False, description="go on from the newest checkpoint in --out")
 
+    @field_validator("shape")
+    @classmethod
+    def _typed(cls, shape: dict) -> dict:
+        return {key: _value(text) if isinstance(text, str) else text for key, text in shape.items()}
+
     def run(self) -> None:
         pretrain(self)
+
+
+def _value(text: str) -> bool | int | float | str:
+    """What a flag's text means in TOML: a number, true or false; else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def pretrain(run: Pretrain) -> Path:
@@ -171,13 +193,13 @@ def _batch(run: Pretrain, row_tokens: int) -> tuple[int, int]:
 
 
 def _config(run: Pretrain, tokenizer: Tokenizer, row_tokens: int) -> MPTConfig:
-    config = MPTConfig.named(run.model)
+    config = MPTConfig.named(run.model).replace(**({"max_seq_len": row_tokens} | run.shape))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {run.data} has {len(tokenizer)} ids, {run.model} only "
-            f"{config.vocab_size}; prepare the data with a smaller vocabulary"
+            f"the tokenizer of {run.data} has {len(tokenizer)} ids, the model only "
+            f"{config.vocab_size}; take a larger vocab_size, or prepare with another tokenizer"
         )
-    return config.replace(max_seq_len=row_tokens, **run.shape)
+    return config
 
 
 def _device(name: str) -> torch.device:
@@ -191,14 +213,16 @@ def _device(name: str) -> torch.device:
 def _open(run: Pretrain, model: MPT, optimizer: torch.optim.Optimizer) -> int:
     """Make the run directory, or restore what it holds; the steps taken."""
     started = (run.out / "run.toml").exists()
-    if run.out.exists() and any(run.out.iterdir()) and not (started and run.resume):
+    taken = run.out.exists() and any(run.out.iterdir())
+    if taken and not (started and run.resume):
         way_out = "go on with --resume" if started else "it is not a run"
         raise FileExistsError(f"{run.out} is not empty; {way_out}, or choose another --out")
+    found = checkpoints(run.out) if taken else []
+    start = load_checkpoint(found[-1], model, optimizer) if found else 0
     run.out.mkdir(parents=True, exist_ok=True)
     settings = run.model_dump(mode="json", exclude={"resume"}, exclude_none=True)
     (run.out / "run.toml").write_text(tomli_w.dumps(settings))
-    found = checkpoints(run.out)
-    return load_checkpoint(found[-1], model, optimizer) if found else 0
+    return start
 
 
 def _heldout(data: Path) -> dict[str, list[str]]:

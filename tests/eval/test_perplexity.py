@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mptbook.eval.perplexity import Prediction, bits_per_byte, perplexity
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.bpe import train_bpe
+
+TEXTS = ["the cat sat on the mat — twice\n", "a dog\n", "ate the hat on the mat\n" * 3]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return MPT(MPTConfig(d_model=24, n_heads=3, n_layers=2, max_seq_len=19, vocab_size=300))
+
+
+def test_a_model_that_knows_nothing_pays_the_log_of_the_vocabulary(model, tokenizer):
+    blank = MPT(model.config)
+    torch.nn.init.zeros_(blank.transformer.wte.weight)  # all logits are 0
+    found = perplexity(blank, tokenizer, TEXTS)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
+    assert found.targets == tokens
+    assert found.loss == pytest.approx(math.log(300), rel=1e-6)
+    assert found.perplexity == pytest.approx(300, rel=1e-5)
+    assert found.bytes == sum(len(text.encode()) for text in TEXTS)
+    assert found.bits_per_byte == pytest.approx(tokens * math.log2(300) / found.bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4])
+def test_rows_by_hand_equal_the_sum(model, tokenizer, batch_rows):
+    stream = [0]
+    for text in TEXTS:
+        stream += [*tokenizer.encode(text), 0]
+    nats = 0.0
+    for start in range(0, len(stream) - 1, 19):
+        row = torch.tensor([stream[start : start + 20]])
+        nats += F.cross_entropy(model(row[:, :-1])[0], row[0, 1:], reduction="sum").item()
+    found = perplexity(model, tokenizer, TEXTS, batch_rows=batch_rows, precision="fp32")
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    assert found.targets == len(stream) - 1
+
+
+def test_predictions_add_up_from_sums_and_not_from_means():
+    total = Prediction(10.0, 5, 20) + Prediction(2.0, 10, 4)
+    assert total == Prediction(12.0, 15, 24)
+    assert total.loss == 0.8
+
+
+def test_one_bit_for_each_byte():
+    assert bits_per_byte(nats=8 * math.log(2), n_bytes=8) == pytest.approx(1)
+
+
+def test_no_text_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="there is no text"):
+        perplexity(model, tokenizer, ["", ""])

@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from mptbook.infer.cache import KVCache
+from mptbook.infer.generate import generate, left_pad, stream
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.bpe import train_bpe
+
+TEXTS = ["the cat sat on the mat\n", "a dog ate the hat — olé\n"] * 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    # more ids than the tokenizer has, as in a padded vocabulary
+    config = MPTConfig(d_model=36, n_heads=3, n_layers=3, max_seq_len=16, vocab_size=320)
+    return MPT(config).eval()
+
+
+def greedy_without_cache(model, tokenizer, prompt, n):
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    out = []
+    for _ in range(n):
+        logits = model(torch.tensor([ids + out]))[0, -1, : len(tokenizer)]
+        token = int(logits.argmax())
+        if token == tokenizer.end_of_text:
+            break
+        out.append(token)
+    return tokenizer.decode(out)
+
+
+@pytest.mark.parametrize("prompt", ["the cat", "", "olé, the dog sat on the mat and ate"])
+def test_cached_generation_equals_reading_everything_anew(model, tokenizer, prompt):
+    expected = greedy_without_cache(model, tokenizer, prompt, 20)
+    assert generate(model, tokenizer, prompt, max_new_tokens=20) == [expected]
+
+
+def test_unequal_prompts_together_equal_each_alone(model, tokenizer):
+    prompts = ["the", "a dog ate the hat on the mat", "", "olé"]
+    alone = [generate(model, tokenizer, prompt, max_new_tokens=12)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=12) == alone
+
+
+def test_a_stream_is_the_same_text_in_pieces(model, tokenizer):
+    how = {"max_new_tokens": 30, "temperature": 1.0, "seed": 4}
+    pieces = list(stream(model, tokenizer, "the ", **how))
+    assert "".join(pieces) == generate(model, tokenizer, "the ", **how)[0]
+    assert len(pieces) > 5
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(model, tokenizer):
+    first, again, other = (
+        generate(model, tokenizer, "the", temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_generation_ends_before_an_end_of_text(model, tokenizer):
+    class AlwaysEnds(MPT):
+        def logits(self, hidden):
+            return torch.nn.functional.one_hot(
+                torch.full(hidden.shape[:2], tokenizer.end_of_text), 320
+            ).float()
+
+    ends = AlwaysEnds(model.config)
+    assert generate(ends, tokenizer, ["the", "a dog"], max_new_tokens=9) == ["", ""]
+
+
+def test_ids_that_only_pad_the_vocabulary_never_come_out(model, tokenizer):
+    class PrefersPadding(MPT):
+        def logits(self, hidden):
+            out = torch.zeros(*hidden.shape[:2], 320)
+            out[..., 310] = 9.0
+            out[..., 65] = 1.0
+            return out
+
+    text = generate(PrefersPadding(model.config), tokenizer, "the", max_new_tokens=3)[0]
+    assert text == tokenizer.decode([65] * 3)
+
+
+def test_a_cache_in_chunks_equals_one_pass(model):
+    ids = torch.randint(0, 300, (2, 23), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(model.config.n_layers, room=2)  # has to grow on the way
+    parts = [model(part, cache=cache) for part in ids.split([5, 1, 9, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-4, atol=1e-5)
+    assert len(cache) == 23
+
+
+def test_a_cache_doubles_its_room():
+    cache = KVCache(1, room=2)
+    one = torch.zeros(3, 2, 1, 4)
+    rooms = []
+    for _ in range(9):
+        cache.extend(0, one, one)
+        rooms.append(cache.bytes // (2 * 3 * 2 * 4 * 4))
+    assert rooms == [2, 2, 4, 4, 8, 8, 8, 8, 16]
+
+
+def test_left_padding_ends_every_row_with_its_last_token():
+    ids, documents = left_pad([[7], [1, 2, 3]])
+    assert ids.tolist() == [[0, 0, 7], [1, 2, 3]]
+    assert documents.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert left_pad([[4, 5], [6, 7]])[1] is None
+
+
+def test_learned_positions_run_out_with_a_way_out(tokenizer):
+    config = MPTConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=5, vocab_size=320).replace(
+        alibi=False
+    )
+    with pytest.raises(ValueError, match="positions end at max_seq_len=5; shorten the text"):
+        generate(MPT(config), tokenizer, "a dog ate the hat on the mat")
