@@ -55,7 +55,7 @@ def load_model(
             the message names the tensor and the shapes.
         ConnectionError: if a hub name cannot be fetched.
     """
-    folder = _find(path)
+    folder = find_directory(path)
     with torch.device("meta"):
         model = MPT(read_config(folder))
     _fill(model, folder, dtype, device)
@@ -115,7 +115,8 @@ def read_config(folder: Path) -> MPTConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _find(path: str | os.PathLike[str]) -> Path:
+def find_directory(path: str | os.PathLike[str]) -> Path:
+    """The model directory that `path` means; see `load_model`."""
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         folder = _from_hub(str(path))

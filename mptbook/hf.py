@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mptbook.directory import load_model, save_model
+from mptbook.model.attention import slopes_of
 from mptbook.model.config import MPTConfig
 from mptbook.model.init import initialise
 from mptbook.model.mpt import MPT
@@ -186,8 +187,8 @@ class MPTForCausalLM(PreTrainedModel, GenerationMixin):
         if documents is None and position_ids is not None and n_held == 0:
             documents = (position_ids == 0).cumsum(dim=1).expand_as(input_ids)
         documents = _hide(documents, attention_mask, n_held + input_ids.shape[1])
-        if self.mpt.slopes.device != input_ids.device:  # weights came by way of "meta"
-            self.mpt.slopes = self.mpt.slopes.to(input_ids.device)
+        if self.mpt.slopes.device != input_ids.device:  # `mpt` is no submodule: it stayed behind
+            self.mpt.slopes = slopes_of(self.mpt.config).to(input_ids.device)
         hidden = self.mpt.hidden(input_ids, documents, held)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.mpt.logits(hidden[:, kept])
@@ -218,11 +219,6 @@ class MPTForCausalLM(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """Keeps the mask (B, Tk) where transformers would make one of four dimensions."""
         return attention_mask
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.mpt._apply(fn, recurse=False)  # the slopes: `mpt` is no submodule
-        return self
 
     def _init_weights(self, module: nn.Module) -> None:
         if not getattr(self, "is_built", False):

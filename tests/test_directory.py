@@ -242,6 +242,20 @@ def test_saving_that_fails_leaves_the_old_model(saved, monkeypatch):
     assert [file.name for file in saved.parent.iterdir()] == ["m"]
 
 
+def test_a_rename_that_fails_brings_the_old_model_back(saved, monkeypatch):
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name == "fresh":
+            raise PermissionError("not today")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(PermissionError, match="not today"):
+        save_model(build(SHAPE.replace(n_layers=1)), saved)
+    assert_same(load_model(saved), build())
+
+
 def test_a_loaded_model_does_not_depend_on_its_file(saved):
     model = load_model(saved)
     with (saved / "model.safetensors").open("r+b") as file:

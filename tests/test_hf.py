@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -251,6 +252,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(ids, labels=ids, use_cache=True).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
+    assert model(ids, use_cache=True).past_key_values is None  # it would be filled twice
     model.activation_checkpointing_disable()
     assert not model.mpt.recompute
 
@@ -323,6 +325,27 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
         ValueError, match=r"the checkpoint lacks lm_head.weight of shape \(101, 42\)"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_both_ways_to_save_write_the_same_configuration(tmp_path):
+    model = build(EXTRAS)
+    save_model(model.mpt, tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    ours, theirs = (json.loads((tmp_path / x / "config.json").read_text()) for x in "ab")
+    assert {key: theirs.get(key) for key in ours} == ours
+    more = set(theirs) - set(ours)
+    assert not more & {field.name for field in dataclasses.fields(MPTConfig)}
+
+
+def test_the_slopes_follow_the_weights_from_device_to_device():
+    model = build()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids = tokens(2, 17)
+    expected = model(ids).logits
+    model.to("meta")
+    assert model(ids.to("meta")).logits.device.type == "meta"
+    model.to_empty(device="cpu").load_state_dict(weights)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_wrapping_shares_the_weights():

@@ -12,17 +12,36 @@ ORDER = """settings wheels tokenizer data model directory hf infer eval optim tr
 
 def rooms_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            within = node.module == "mptbook"  # `from mptbook import wheels`
+            names = (
+                [f"mptbook.{alias.name}" for alias in node.names] if within else [node.module or ""]
+            )
         for name in names:
             if name.startswith("mptbook."):
                 yield name.split(".")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "room"),
+    [
+        ("import mptbook.model.mpt", "model"),
+        ("from mptbook.data.loader import Rows", "data"),
+        ("from mptbook import wheels", "wheels"),
+    ],
+)
+def test_every_way_to_import_a_room_is_seen(tmp_path, line, room):
+    (tmp_path / "a.py").write_text(f"import torch\n\ndef f():\n    {line}\n")
+    assert list(rooms_imported(tmp_path / "a.py")) == [room]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_backwards_and_files_stay_short(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     if room != "__init__":
+        unknown = {room, *rooms_imported(path)} - set(ORDER)
+        assert not unknown, f"{path.name} is of or imports {unknown}, which ORDER does not have"
         late = [r for r in rooms_imported(path) if ORDER.index(r) > ORDER.index(room)]
         assert not late, f"{room} imports from {late}, which come after it in ORDER"
     assert path.read_text().count("\n") <= 300

@@ -7,11 +7,17 @@ Dimensions in this file
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
 
+from mptbook.data.corpora import default_domains, load_domain
 from mptbook.data.packing import IGNORE, concatenate_and_cut
+from mptbook.directory import find_directory, load_model
 from mptbook.model.mpt import MPT
+from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 
@@ -93,3 +99,26 @@ def perplexity(
             nats += float(model.loss(x, y))
         targets += int((y != IGNORE).sum())
     return Prediction(nats, targets, sum(len(text.encode()) for text in texts))
+
+
+class Evaluate(RunSettings):
+    """Held-out bits per byte of a model, by domain: `mptbook evaluate DIR`."""
+
+    model: CliPositionalArg[str] = Field(
+        description="a model directory, a run, or a name on the hub"
+    )
+    source: dict[str, str] = Field(
+        {}, description="domain=SOURCE; without any, the default domains (see mptbook corpora)"
+    )
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    def run(self) -> None:
+        model = load_model(self.model)
+        tokenizer = Tokenizer.load(find_directory(self.model))
+        total = Prediction(0.0, 0, 0)
+        for name, source in (self.source or dict.fromkeys(default_domains())).items():
+            texts = load_domain(name, "heldout", source)["text"][:]
+            found = perplexity(model, tokenizer, texts, precision=self.precision)
+            total += found
+            print(f"{name}: {found.bits_per_byte:.3f} bits per byte ({found.bytes:,} bytes)")
+        print(f"all: {total.bits_per_byte:.3f} bits per byte")

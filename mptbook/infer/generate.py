@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from mptbook.directory import load_model
+from mptbook.directory import find_directory, load_model
 from mptbook.infer.cache import KVCache
 from mptbook.infer.sampling import check_sampling, sample
 from mptbook.model.mpt import MPT
@@ -165,7 +165,7 @@ class Generate(RunSettings):
     def run(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
         model = load_model(self.model)
-        tokenizer = Tokenizer.load(self.model)
+        tokenizer = Tokenizer.load(find_directory(self.model))
         sampling = self.model_dump(exclude={"model", "prompt"})
         sys.stdout.write(self.prompt)
         for piece in stream(model, tokenizer, self.prompt, **sampling):

@@ -36,7 +36,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, device = self.weight, self.bias, x.device.type
-        if not (self.low_precision and torch.is_autocast_enabled(device)):
+        usable = self.low_precision and torch.amp.is_autocast_available(device)  # not on "meta"
+        if not (usable and torch.is_autocast_enabled(device)):
             return self._norm(x, weight, bias)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):

@@ -1,8 +1,9 @@
 """What a run writes down: one JSON object a line in `log.jsonl`, and lines for people.
 
 Every line has a `kind`: `step` (loss in nats per token, grad_norm, lr, targets, seconds since
-the run began or was resumed), `heldout` (bits_per_byte, over all and by domain), `sample`
-(text), `saved` (path) and `resumed`.
+the run began or was resumed), `heldout` (bits_per_byte of the front of each domain's held-out
+text, over all and by domain), `sample` (prompt, text), `saved` (path), and at the end `final`
+(bits_per_byte of all held-out text).
 """
 
 import json
@@ -75,10 +76,11 @@ class RunLog:
             print(f"{line}  {left:.0f} s left", flush=True)
             self._last_line = time.monotonic()
 
-    def heldout(self, step: int, total: float, domains: dict[str, float]) -> None:
-        self._write("heldout", step, bits_per_byte=total, domains=domains)
+    def heldout(self, kind: str, step: int, total: float, domains: dict[str, float]) -> None:
+        self._write(kind, step, bits_per_byte=total, domains=domains)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in domains.items())
-        self.say(f"step {step:,}  held out: {total:.3f} bits per byte ({parts})")
+        what = "all held out" if kind == "final" else "held out"
+        self.say(f"step {step:,}  {what}: {total:.3f} bits per byte ({parts})")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._write("sample", step, prompt=prompt, text=text)

@@ -74,10 +74,10 @@ class Pretrain(RunSettings):
     recompute: bool = Field(False, description="recompute activations to save memory")
     device: str = Field("auto", description="cpu, cuda, or auto")
     heldout_every: PositiveInt = Field(1000, description="steps between held-out measures")
-    heldout_bytes: PositiveInt = Field(
-        65_536, description="bytes of each domain for these; all of it at the end"
+    heldout_characters: PositiveInt = Field(
+        65_536, description="of each domain for these; once more on all of it at the end"
     )
-    sample_prompt: str = Field("The ", description="continued whenever held out is measured")
+    sample_prompt: str = Field("The", description="continued whenever held out is measured")
     save_every: PositiveInt = Field(1000, description="steps between checkpoints")
     keep: PositiveInt = Field(2, description="checkpoints kept")
     resume: bool = Field(False, description="go on from the newest checkpoint in --out")
@@ -150,8 +150,15 @@ def pretrain(run: Pretrain) -> Path:
         ):
             log.step(step)
             last = step.step == run.steps
-            if step.step % run.heldout_every == 0 and not last:
-                _measure(run, log, step.step, model, tokenizer, heldout, run.heldout_bytes)
+            if step.step % run.heldout_every == 0 or last:
+                some = {
+                    name: _first(texts, run.heldout_characters) for name, texts in heldout.items()
+                }
+                _measure(run, log, "heldout", step.step, model, tokenizer, some)
+                text = generate(
+                    model, tokenizer, run.sample_prompt, max_new_tokens=48, temperature=0.8
+                )[0]
+                log.sample(step.step, run.sample_prompt, text)
             if step.step % run.save_every == 0 or last or stop.is_set():
                 path = save_checkpoint(run.out, step.step, model, optimizer, tokenizer, run.keep)
                 log.event("saved", step.step, path=path.name)
@@ -159,7 +166,7 @@ def pretrain(run: Pretrain) -> Path:
                 log.say(f"stopped; go on with: mptbook pretrain --resume (saved {path})")
                 log.close()
                 raise KeyboardInterrupt
-    _measure(run, log, run.steps, model, tokenizer, heldout, None)
+    _measure(run, log, "final", run.steps, model, tokenizer, heldout)
     save_model(model, run.out / "model", tokenizer)
     log.say(f"model directory: {run.out / 'model'}")
     log.close()
@@ -231,27 +238,24 @@ def _heldout(data: Path) -> dict[str, list[str]]:
     return {file.stem: datasets.Dataset.from_file(str(file))["text"][:] for file in files}
 
 
-def _measure(run, log, step, model, tokenizer, heldout, n_bytes) -> None:
-    """Log bits per byte on (the first `n_bytes` of) each domain, and a sample."""
-    total = Prediction(0.0, 0, 0)
-    domains = {}
-    for name, texts in heldout.items():
-        some = texts if n_bytes is None else _first_bytes(texts, n_bytes)
-        found = perplexity(model, tokenizer, some, precision=run.precision)
-        domains[name] = found.bits_per_byte
-        total += found
-    log.heldout(step, total.bits_per_byte, domains)
-    text = generate(model, tokenizer, run.sample_prompt, max_new_tokens=48, temperature=0.8)[0]
-    log.sample(step, run.sample_prompt, text)
+def _measure(run, log, kind, step, model, tokenizer, heldout: dict[str, list[str]]) -> None:
+    """Log the bits per byte of each domain and of all together."""
+    found = {
+        name: perplexity(model, tokenizer, texts, precision=run.precision)
+        for name, texts in heldout.items()
+    }
+    total = sum(found.values(), start=Prediction(0.0, 0, 0))
+    domains = {name: prediction.bits_per_byte for name, prediction in found.items()}
+    log.heldout(kind, step, total.bits_per_byte, domains)
 
 
-def _first_bytes(texts: list[str], n_bytes: int) -> list[str]:
-    """Texts from the front, the last one cut, of about `n_bytes` characters in all."""
+def _first(texts: list[str], n_characters: int) -> list[str]:
+    """Texts from the front, the last one cut, with so many characters in all."""
     kept = []
     for text in texts:
-        kept.append(text[: max(0, n_bytes)])
-        n_bytes -= len(kept[-1])
-        if n_bytes <= 0:
+        kept.append(text[:n_characters])
+        n_characters -= len(kept[-1])
+        if n_characters <= 0:
             break
     return kept
 

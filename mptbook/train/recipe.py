@@ -13,7 +13,7 @@ from mptbook.settings import CONFIGS, cache_dir, fast_mode
 from mptbook.train.pretrain import Pretrain, pretrain
 
 ROOMS = ("tokenizer", "data", "model", "optim", "train")  # whose code a trained model depends on
-FAST = {"steps": 20, "heldout_bytes": 4096}  # what MPTBOOK_FAST=1 leaves of a run
+FAST = {"steps": 20, "heldout_characters": 4096}  # what MPTBOOK_FAST=1 leaves of a run
 
 
 def trained(name: str = "tiny") -> Path:

@@ -229,6 +229,19 @@ def test_recomputing_runs_each_block_twice():
     assert len(calls) == 2
 
 
+def test_recomputing_never_fills_a_cache_twice():
+    model = build()
+    gradients = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        cache = Kept()
+        model(tokens(1, 5), cache=cache).square().sum().backward()
+        assert cache.layers[1][0].shape[2] == 5
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_every_weight_gets_a_gradient():
     changes = {"no_bias": False, "qk_ln": True, "tie_word_embeddings": False, "alibi": False}
     model = build(SHAPE.replace(**changes))
