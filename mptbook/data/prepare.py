@@ -15,12 +15,20 @@ from pathlib import Path
 import datasets
 from datasets.arrow_writer import ArrowWriter
 from pydantic import Field, PositiveInt
-from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from mptbook.data.corpora import Document, default_domains, held_out, read_domain
 from mptbook.data.packing import concatenate_and_cut
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
+
+SECONDS_BETWEEN_LINES = 5  # where the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -75,17 +83,25 @@ def prepare(settings: Prepare) -> dict[str, Counts]:
     }
     _claim(settings.out, made_of)
     tokenizer.save(settings.out / "tokenizer.json")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     done = {}
-    with Console().status("preparing") as status:
+    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as progress:
         for name, source in sources.items():
-            done[name] = _domain(settings, tokenizer, name, source, status.update)
+            done[name] = _domain(settings, tokenizer, name, source, progress)
     made_of["domains"] = {name: asdict(counts) for name, counts in done.items()}
     _write_json(settings.out / "data.json", made_of)
     return done
 
 
-def _domain(settings: Prepare, tokenizer: Tokenizer, name: str, source: str | None, say) -> Counts:
+def _domain(
+    settings: Prepare, tokenizer: Tokenizer, name: str, source: str | None, progress: Progress
+) -> Counts:
     documents = islice(read_domain(name, source), settings.max_documents)
+    total = settings.max_documents
+    if not (source or "").startswith("hf:"):  # a stream of the hub is too long to be counted
+        listed = list(documents)
+        documents, total = iter(listed), len(listed)
+    task = progress.add_task(name, total=total)
     heldout: list[Document] = []
     n_documents = n_rows = n_bytes = 0
     start = last_line = time.monotonic()
@@ -93,7 +109,9 @@ def _domain(settings: Prepare, tokenizer: Tokenizer, name: str, source: str | No
         parts = [held_out(document) for document in shard]
         texts = [text for text, _ in parts if text.strip()]
         heldout += [
-            Document(d.name, t) for d, (_, t) in zip(shard, parts, strict=True) if t.strip()
+            Document(document.name, tail)
+            for document, (_, tail) in zip(shard, parts, strict=True)
+            if tail.strip()
         ]
         n_documents += len(shard)
         n_bytes += sum(len(text.encode()) for text in texts)
@@ -101,11 +119,11 @@ def _domain(settings: Prepare, tokenizer: Tokenizer, name: str, source: str | No
         if not path.exists():
             _write_rows(path, texts, tokenizer, settings.row_tokens)
         n_rows += len(datasets.Dataset.from_file(str(path)))
+        progress.advance(task, len(shard))
         now = time.monotonic()
-        line = f"{name}: {n_documents:,} documents, {n_bytes / 1e6 / (now - start):.1f} MB/s"
-        say(line)
-        if not sys.stdout.isatty() and now - last_line > 5:
-            print(line, flush=True)
+        if progress.disable and now - last_line > SECONDS_BETWEEN_LINES:
+            speed = n_bytes / 1e6 / (now - start)
+            print(f"{name}: {n_documents:,} documents, {speed:.1f} MB/s", flush=True)
             last_line = now
     if not n_rows or not heldout:
         raise ValueError(

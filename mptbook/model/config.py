@@ -260,7 +260,7 @@ UNSUPPORTED = {
     "attn_temperature_tuning": (None, {"floor_scale": 8192, "attn_scale": 0.0}),
     "attention_bias": (None,),
     "block_overrides": (None,),
-    "ffn_config": (None, {}, {"ffn_type": "mptmlp"}),
+    "ffn_config": ({"ffn_type": "mptmlp"}, {}, None),
     "fc_type": ("torch", None),
 }
 

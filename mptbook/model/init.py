@@ -53,7 +53,7 @@ def initialise(model: nn.Module, config: MPTConfig) -> None:
     """Fill every weight of an `MPT`, in the order in which the modules stand.
 
     The embedding is filled like any matrix unless `emb_init_std` or `emb_init_uniform_lim`
-    says otherwise: kaiming gives it sqrt(2 / d_model). The head is tied to it, so the first
+    says otherwise: kaiming gives it, and a head of its own, sqrt(2 / d_model). So the first
     logits have a standard deviation of about 1.4 and the first loss is one nat above the log
     of the vocabulary: 11.8 for MPT-7B.
     """

@@ -2,8 +2,10 @@
 
 import ast
 import hashlib
-import json
+import sys
 from pathlib import Path
+
+import torch
 
 from mptbook import wheels
 from mptbook.data.prepare import Prepare, prepare
@@ -12,8 +14,8 @@ from mptbook.model.config import MPTConfig
 from mptbook.settings import CONFIGS, cache_dir, fast_mode
 from mptbook.train.pretrain import Pretrain, pretrain
 
-ROOMS = ("tokenizer", "data", "model", "optim", "train")  # whose code a trained model depends on
-FAST = {"steps": 20, "heldout_characters": 4096}  # what MPTBOOK_FAST=1 leaves of a run
+# The rooms whose code a run depends on, its log included.
+ROOMS = ("tokenizer", "data", "model", "infer", "eval", "optim", "train")
 
 
 def trained(name: str = "tiny") -> Path:
@@ -24,12 +26,13 @@ def trained(name: str = "tiny") -> Path:
     after a change of any of them the model is trained again. For `tiny` that takes about
     eight minutes on two cores; with `MPTBOOK_FAST=1` a few seconds, and the model is bad.
     """
-    changes = FAST if fast_mode() else {}
-    home = cache_dir() / "runs" / f"{name}-{_key(name, changes)}"
+    home = cache_dir() / "runs" / f"{name}-{_key(name)}{'-fast' if fast_mode() else ''}"
     vocabulary, rows, run = home / "tokenizer.json", home / "rows", home / "run"
     if (run / "model").exists():
         return run
-    settings = Pretrain.from_toml(CONFIGS / f"{name}.toml", data=rows, out=run, **changes)
+    settings = Pretrain.from_toml(CONFIGS / f"{name}.toml", data=rows, out=run)
+    if fast_mode():
+        settings.steps, settings.optim.warmup, settings.heldout_characters = 20, 5, 4096
     config = MPTConfig.named(settings.model).replace(**settings.shape)
     if not vocabulary.exists():
         LearnTokenizer(out=vocabulary, vocab_size=config.vocab_size).run()
@@ -40,9 +43,10 @@ def trained(name: str = "tiny") -> Path:
     return run
 
 
-def _key(name: str, changes: dict) -> str:
+def _key(name: str) -> str:
     digest = hashlib.sha256((CONFIGS / f"{name}.toml").read_bytes())
-    digest.update(json.dumps([changes, wheels.pins()]).encode())
+    digest.update(wheels.REQUIREMENTS.read_bytes())
+    digest.update(f"{sys.version} {torch.__version__}".encode())  # the code texts are Python's own
     for room in ROOMS:
         for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
             digest.update(_code(path).encode())
