@@ -3,7 +3,7 @@
 import signal
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -52,6 +52,17 @@ class Optim(BaseModel):
     floor: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     decay: float = Field(0.4, gt=0, le=1, description="part of a trapezoid that falls")
     clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+
+    def rates(self, steps: int) -> Callable[[int], float]:
+        """The learning rate as a function of the step, for a run of so many."""
+        return schedule(
+            self.schedule,
+            self.lr,
+            steps=steps,
+            warmup=self.warmup,
+            floor=self.floor,
+            decay=self.decay,
+        )
 
 
 class Pretrain(RunSettings):
@@ -111,23 +122,14 @@ def pretrain(run: Pretrain) -> Path:
     """
     rows = Rows(run.data)
     tokenizer = Tokenizer.load(run.data)
+    heldout = _heldout(run.data)
     rows_at_once, accumulate = _batch(run, rows.row_tokens)
-    steps = schedule(
-        run.optim.schedule,
-        run.optim.lr,
-        steps=run.steps,
-        warmup=run.optim.warmup,
-        floor=run.optim.floor,
-        decay=run.optim.decay,
-    )
+    rates = run.optim.rates(run.steps)
     torch.manual_seed(run.seed)
     model = MPT(_config(run, tokenizer, rows.row_tokens)).to(_device(run.device))
     model.recompute = run.recompute
     optimizer = make_optimizer(model, run.optim)
     start = _open(run, model, optimizer)
-    heldout = _heldout(run.data)
-    keep_freed_memory()
-    log = RunLog(run.out, run.steps, start)
     apart = model.config.attn_config.attn_uses_sequence_id
     stream = batches(
         rows,
@@ -136,40 +138,33 @@ def pretrain(run: Pretrain) -> Path:
         start=start * accumulate,
         end_of_text=tokenizer.end_of_text if apart else None,
     )
-    with _stop_after_step() as stop:
-        for step in train_steps(
-            model,
-            stream,
-            optimizer,
-            steps,
-            steps=run.steps,
-            start=start,
-            accumulate=accumulate,
-            clip=run.optim.clip,
-            precision=run.precision,
-        ):
-            log.step(step)
-            last = step.step == run.steps
-            if step.step % run.heldout_every == 0 or last:
-                some = {
-                    name: _first(texts, run.heldout_characters) for name, texts in heldout.items()
-                }
-                _measure(run, log, "heldout", step.step, model, tokenizer, some)
-                text = generate(
-                    model, tokenizer, run.sample_prompt, max_new_tokens=48, temperature=0.8
-                )[0]
-                log.sample(step.step, run.sample_prompt, text)
-            if step.step % run.save_every == 0 or last or stop.is_set():
-                path = save_checkpoint(run.out, step.step, model, optimizer, tokenizer, run.keep)
-                log.event("saved", step.step, path=path.name)
+    training = train_steps(
+        model,
+        stream,
+        optimizer,
+        rates,
+        steps=run.steps,
+        start=start,
+        accumulate=accumulate,
+        clip=run.optim.clip,
+        precision=run.precision,
+    )
+    keep_freed_memory()
+    with RunLog(run.out, run.steps, start) as log, _stop_after_step() as stop:
+        for taken in training:
+            log.step(taken)
+            step, last = taken.step, taken.step == run.steps
+            if step % run.heldout_every == 0 or last:
+                _look(run, log, step, model, tokenizer, heldout)
+            if step % run.save_every == 0 or last or stop.is_set():
+                path = save_checkpoint(run.out, step, model, optimizer, tokenizer, run.keep)
+                log.event("saved", step, path=path.name)
             if stop.is_set() and not last:
-                log.say(f"stopped; go on with: mptbook pretrain --resume (saved {path})")
-                log.close()
+                log.say(f"stopped, saved {path}; go on with the same command and --resume")
                 raise KeyboardInterrupt
-    _measure(run, log, "final", run.steps, model, tokenizer, heldout)
-    save_model(model, run.out / "model", tokenizer)
-    log.say(f"model directory: {run.out / 'model'}")
-    log.close()
+        _measure(run, log, "final", run.steps, model, tokenizer, heldout)
+        save_model(model, run.out / "model", tokenizer)
+        log.say(f"model directory: {run.out / 'model'}")
     return run.out / "model"
 
 
@@ -236,6 +231,15 @@ def _heldout(data: Path) -> dict[str, list[str]]:
     """The held-out texts of each domain."""
     files = sorted((data / "heldout").glob("*.arrow"))
     return {file.stem: datasets.Dataset.from_file(str(file))["text"][:] for file in files}
+
+
+def _look(run, log, step, model, tokenizer, heldout: dict[str, list[str]]) -> None:
+    """Log the bits per byte of the front of each domain, and a sample."""
+    some = {name: _first(texts, run.heldout_characters) for name, texts in heldout.items()}
+    _measure(run, log, "heldout", step, model, tokenizer, some)
+    prompt = run.sample_prompt
+    text = generate(model, tokenizer, prompt, max_new_tokens=48, temperature=0.8)[0]
+    log.sample(step, prompt, text)
 
 
 def _measure(run, log, kind, step, model, tokenizer, heldout: dict[str, list[str]]) -> None:
