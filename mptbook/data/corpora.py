@@ -29,6 +29,7 @@ LONG_WORK = 100_000  # characters
 HELD_OUT_TAIL = 20  # one part in
 HELD_OUT_DOCUMENT = 50  # one document in
 SPLITS = ("train", "heldout")
+HUB = "hf:"  # how the source of a domain says that it is a dataset of the hub
 
 
 @dataclass(frozen=True)
@@ -215,28 +216,44 @@ def load_domain(name: str, split: str, source: str | None = None) -> datasets.Da
 
 def read_source(source: str) -> Iterator[Document]:
     """The documents of a hub dataset or of local files; see `read_domain`."""
-    if source.startswith("hf:"):
-        repository, _, config = source.removeprefix("hf:").partition(":")
+    if source.startswith(HUB):
+        repository, _, config = source.removeprefix(HUB).partition(":")
         rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
         yield from _rows(repository, rows)
         return
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{source} does not exist; give a path, or hf:NAME for the hub")
-    kinds = (".txt", ".jsonl", ".parquet")
-    files = sorted(f for f in path.rglob("*") if f.suffix in kinds) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{source} holds no {', '.join(kinds)} files")
-    for file in files:
+    for file in source_files(source):
         if file.suffix == ".txt":
             yield Document(file.name, decode(str(file), file.read_bytes()))
         elif file.suffix == ".jsonl":
-            lines = decode(str(file), file.read_bytes()).splitlines()
-            yield from _rows(file.name, (json.loads(line) for line in lines if line.strip()))
-        elif file.suffix == ".parquet":
-            yield from _rows(file.name, datasets.Dataset.from_parquet(str(file)))
+            yield from _rows(file.name, _json_lines(file))
         else:
-            raise ValueError(f"{file} is none of {', '.join(kinds)}")
+            yield from _rows(file.name, datasets.Dataset.from_parquet(str(file)))
+
+
+def source_files(source: str) -> list[Path]:
+    """The files that a local source means, sorted.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        ValueError: if there is no file of a known kind.
+    """
+    path, kinds = Path(source), (".txt", ".jsonl", ".parquet")
+    if not path.exists():
+        raise FileNotFoundError(f"{source} does not exist; give a path, or hf:NAME for the hub")
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in found if file.suffix in kinds]
+    if not files:
+        raise ValueError(f"{source} is no {', '.join(kinds)} file, nor a folder with one")
+    return files
+
+
+def _json_lines(file: Path) -> Iterator[dict]:
+    for number, line in enumerate(decode(str(file), file.read_bytes()).split("\n"), start=1):
+        try:
+            if line.strip():
+                yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
 
 
 def _rows(name: str, rows: Iterable[dict]) -> Iterator[Document]:

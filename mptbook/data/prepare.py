@@ -23,7 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mptbook.data.corpora import Document, default_domains, held_out, read_domain
+from mptbook.data.corpora import (
+    HUB,
+    Document,
+    default_domains,
+    held_out,
+    read_domain,
+    source_files,
+)
 from mptbook.data.packing import concatenate_and_cut
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -74,6 +81,9 @@ def prepare(settings: Prepare) -> dict[str, Counts]:
     """
     tokenizer = Tokenizer.load(settings.tokenizer)
     sources = settings.source or dict.fromkeys(default_domains())
+    for source in sources.values():
+        if source and not source.startswith(HUB):
+            source_files(source)  # a path that is not there is found before anything is written
     made_of = {
         "tokenizer": tokenizer.sha256,
         "row_tokens": settings.row_tokens,
@@ -98,7 +108,7 @@ def _domain(
 ) -> Counts:
     documents = islice(read_domain(name, source), settings.max_documents)
     total = settings.max_documents
-    if not (source or "").startswith("hf:"):  # a stream of the hub is too long to be counted
+    if not (source or "").startswith(HUB):  # a stream of the hub is too long to be counted
         listed = list(documents)
         documents, total = iter(listed), len(listed)
     task = progress.add_task(name, total=total)

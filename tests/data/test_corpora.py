@@ -139,9 +139,11 @@ def test_a_row_without_text_is_refused_with_the_columns_it_has(tmp_path):
 def test_files_of_another_kind_are_refused(tmp_path):
     file = tmp_path / "book.pdf"
     file.write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match=r"book.pdf is none of .txt, .jsonl, .parquet"):
+    with pytest.raises(ValueError, match=r"book\.pdf is no \.txt, \.jsonl, \.parquet file"):
         list(read_source(str(file)))
-    with pytest.raises(ValueError, match=r"holds no .txt, .jsonl, .parquet files"):
+    with pytest.raises(
+        ValueError, match=r"is no \.txt, \.jsonl, \.parquet file, nor a folder with one"
+    ):
         list(read_source(str(tmp_path)))
 
 
@@ -177,3 +179,9 @@ def test_without_an_index_python_serves_and_one_line_says_so(monkeypatch, capsys
 def test_what_python_brings_along_has_text(name):
     texts = [document.text for document in corpora.WITHOUT_AN_INDEX[name].read()]
     assert sum(map(len, texts)) > 300_000
+
+
+def test_a_line_that_is_not_json_is_named_with_its_number(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n\n{"text": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3, is not JSON"):
+        list(read_source(str(tmp_path)))

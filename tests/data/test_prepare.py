@@ -126,3 +126,10 @@ def test_targets_are_the_next_tokens_and_documents_are_told_apart(texts, tmp_pat
 def test_a_folder_that_was_never_prepared_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not prepared; run: mptbook prepare"):
         Rows(tmp_path)
+
+
+def test_a_source_that_is_not_there_is_found_before_anything_is_written(texts, tmp_path):
+    missing = {"hares": str(texts / "hares.jsonl"), "foxes": "nowhere/"}
+    with pytest.raises(FileNotFoundError, match="nowhere/ does not exist; give a path, or hf:"):
+        prepare(settings(texts, tmp_path / "rows", source=missing))
+    assert not (tmp_path / "rows").exists()
