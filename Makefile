@@ -1,5 +1,9 @@
 # make book      train the small model, run every chapter, build the site
-# make test      lint-free code proven: the default test suite
+# make test      run the default test suite
+# make lint      look for mistakes and for code that is not formatted
+# make notebooks write the notebook beside each chapter
+# make serve-book  show the built site in a browser
+# make clean     remove what make made, .venv included
 # Each makes what it needs first; repeating one is cheap.
 
 PYTHON ?= python3
@@ -21,6 +25,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 	@touch $(READY)
 
 book: $(READY)
+	$(BIN)/mptbook corpora
 	@echo "training the small model, unless it is in the cache (about seven minutes)"
 	$(BIN)/python -m mptbook.train.recipe
 	$(BIN)/python book/_ext/notebooks.py --check
@@ -29,6 +34,7 @@ book: $(READY)
 	@echo "the book: $(SITE)/index.html (make serve-book shows it in a browser)"
 
 test: $(READY)
+	$(BIN)/mptbook corpora
 	$(BIN)/python -m pytest
 
 lint: $(READY)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +23,20 @@ class WheelUnavailable(ConnectionError):
     """The package index cannot be reached, or has no such wheel."""
 
 
+@dataclass(frozen=True)
+class Pin:
+    """What is known of a wheel before it is fetched."""
+
+    version: str
+    sha256: str
+    licence: str
+
+
 @cache
-def pins() -> dict[str, tuple[str, str]]:
-    """Version and sha256 of each wheel, by its package name."""
-    line = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", re.MULTILINE)
-    return {name: (version, sha) for name, version, sha in line.findall(REQUIREMENTS.read_text())}
+def pins() -> dict[str, Pin]:
+    """The pinned wheels by the name of their package."""
+    line = re.compile(r"^([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})  # (.+)$", re.MULTILINE)
+    return {name: Pin(*rest) for name, *rest in line.findall(REQUIREMENTS.read_text())}
 
 
 def wheel(name: str) -> Path:
@@ -36,12 +46,13 @@ def wheel(name: str) -> Path:
         ValueError: if a file in the cache has another hash than the pin; it is deleted.
         WheelUnavailable: if pip cannot fetch it.
     """
-    version, sha256 = pins()[name]
+    pin = pins()[name]
     folder = cache_dir() / "wheels"
-    found = sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+    found = sorted(folder.glob(f"{name.replace('-', '_')}-{pin.version}-*.whl"))
     if not found:
-        found = [_download(name, version, sha256, folder)]
-    _check(found[0], sha256)
+        print(f"fetching {name} {pin.version}, licence {pin.licence}", flush=True)
+        found = [_download(name, pin, folder)]
+    _check(found[0], pin.sha256)
     return found[0]
 
 
@@ -76,11 +87,11 @@ def _check(path: Path, sha256: str) -> None:
         )
 
 
-def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
+def _download(name: str, pin: Pin, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wanted = Path(scratch) / "requirements.txt"
-        wanted.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+        wanted.write_text(f"{name}=={pin.version} --hash=sha256:{pin.sha256}\n")
         # These are pure-Python wheels that we only read: one of them calls itself unfit for
         # Python 3.13, so pip is asked on behalf of 3.11 whichever Python runs.
         command = (
@@ -95,11 +106,11 @@ def _download(name: str, version: str, sha256: str, folder: Path) -> Path:
         )
         if "THESE PACKAGES DO NOT MATCH THE HASHES" in done.stderr:
             raise ValueError(
-                f"the package index serves another {name} {version} than the one pinned "
-                f"(sha256 {sha256[:12]}...); nothing was kept"
+                f"the package index serves another {name} {pin.version} than the one pinned "
+                f"(sha256 {pin.sha256[:12]}...); nothing was kept"
             )
         fetched = list(Path(scratch).glob("*.whl"))
         if done.returncode or not fetched:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise WheelUnavailable(f"cannot fetch {name} {version}: {reason}")
+            raise WheelUnavailable(f"cannot fetch {name} {pin.version}: {reason}")
         return fetched[0].replace(folder / fetched[0].name)

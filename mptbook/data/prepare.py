@@ -4,6 +4,7 @@ The folder holds `tokenizer.json`, Arrow files of rows under `train/`, the untou
 documents under `heldout/`, and `data.json`, which says what was made of what.
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -23,15 +24,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mptbook.data.corpora import (
-    HUB,
-    Document,
-    default_domains,
-    held_out,
-    read_domain,
-    source_files,
-)
+from mptbook import wheels
+from mptbook.data.corpora import default_domains, held_out, read_domain
 from mptbook.data.packing import concatenate_and_cut
+from mptbook.data.sources import HUB, Document, source_files
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -81,15 +77,13 @@ def prepare(settings: Prepare) -> dict[str, Counts]:
     """
     tokenizer = Tokenizer.load(settings.tokenizer)
     sources = settings.source or dict.fromkeys(default_domains())
-    for source in sources.values():
-        if source and not source.startswith(HUB):
-            source_files(source)  # a path that is not there is found before anything is written
     made_of = {
         "tokenizer": tokenizer.sha256,
         "row_tokens": settings.row_tokens,
         "max_documents": settings.max_documents,
         "shard_documents": settings.shard_documents,
         "sources": sources,
+        "texts": {name: _state_of(source) for name, source in sources.items()},
     }
     _claim(settings.out, made_of)
     tokenizer.save(settings.out / "tokenizer.json")
@@ -101,6 +95,22 @@ def prepare(settings: Prepare) -> dict[str, Counts]:
     made_of["domains"] = {name: asdict(counts) for name, counts in done.items()}
     _write_json(settings.out / "data.json", made_of)
     return done
+
+
+def _state_of(source: str | None) -> str:
+    """Changes when the texts of a source do, as far as can be seen without reading them.
+
+    A shard that is kept must be of the texts that are prepared now. A path that is not there
+    is found here, before anything is written.
+    """
+    if source is None:
+        seen = f"{sorted(wheels.pins().items())} {sys.version}"  # the code is Python's own
+    elif source.startswith(HUB):
+        return source
+    else:
+        files = [(str(file), file.stat()) for file in source_files(source)]
+        seen = str([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    return hashlib.sha256(seen.encode()).hexdigest()[:12]
 
 
 def _domain(

@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from mptbook.data.corpora import default_domains, load_domain
-from mptbook.data.packing import IGNORE, concatenate_and_cut
+from mptbook.data.packing import concatenate_and_cut
 from mptbook.directory import find_directory, load_model
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
@@ -97,7 +97,7 @@ def perplexity(
         x, y = block[:, :-1].to(device), block[:, 1:].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             nats += float(model.loss(x, y))
-        targets += int((y != IGNORE).sum())
+        targets += y.numel()
     return Prediction(nats, targets, sum(len(text.encode()) for text in texts))
 
 

@@ -86,8 +86,9 @@ def eager(
 ) -> Tensor:
     """As `reference`, but every product and the bias in the dtype of `q`.
 
-    On a CPU with matrix units for bfloat16 this is the fastest form for short rows. A
-    bfloat16 bias is exact to 256 tokens only, so it is not used beyond `EAGER_TOKENS`.
+    On a CPU with matrix units for bfloat16 this is the fastest form for short rows. The bias
+    is rounded as the scores are, to 8 bits; beyond `EAGER_TOKENS`, where the positions
+    themselves no longer fit into 8 bits and neighbours run together, `sdpa` is taken.
     """
     bias = visible(slopes, q.shape[2], k.shape[2], documents).to(q.dtype)
     scores = torch.matmul(q * scale, k.transpose(2, 3)) + bias

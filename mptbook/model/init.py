@@ -14,7 +14,7 @@ from mptbook.model.config import InitConfig, MPTConfig
 from mptbook.model.norms import Norm
 
 
-def fill(config: InitConfig, d_model: int, n_layers: int) -> Callable[[Tensor], object]:
+def fill(config: InitConfig, d_model: int) -> Callable[[Tensor], object]:
     """The function that fills a weight matrix (out, in) in place.
 
     Raises:
@@ -58,7 +58,7 @@ def initialise(model: nn.Module, config: MPTConfig) -> None:
     of the vocabulary: 11.8 for MPT-7B.
     """
     init = config.init_config
-    fill_ = fill(init, config.d_model, config.n_layers)
+    fill_ = fill(init, config.d_model)
     divisor = residual_divisor(init, config.n_layers)
     for module in model.modules():
         if isinstance(module, nn.Embedding):

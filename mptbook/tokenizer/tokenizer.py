@@ -99,7 +99,9 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that transformers and every engine can read."""
-        self.backend.save(str(path))
+        partial = Path(f"{path}.partial")
+        self.backend.save(str(partial))
+        partial.replace(path)  # a killed process leaves no half of one
 
     def __len__(self) -> int:
         """Number of ids, special tokens and runs of spaces included."""

@@ -32,12 +32,14 @@ def save_checkpoint(
     """Write `run/step-...`, then remove all but the newest `keep` checkpoints."""
     final = run / f"step-{step:06d}"
     partial = run / f"partial-{step:06d}"
-    for stale in (final, partial):
-        shutil.rmtree(stale, ignore_errors=True)
+    for killed in run.glob("*partial-*"):  # what earlier processes left, `save_model` included
+        shutil.rmtree(killed)
     save_model(model, partial, tokenizer)
     tensors = _optimizer_tensors(model, optimizer) | {"rng": torch.get_rng_state()}
     save_file(tensors, partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps({"format": 1, "step": step}) + "\n")
+    if final.exists():  # resumed from this very step: its bits are the same
+        shutil.rmtree(final)
     partial.rename(final)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)

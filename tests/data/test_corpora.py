@@ -9,14 +9,8 @@ import pytest
 
 from mptbook import wheels
 from mptbook.data import corpora
-from mptbook.data.corpora import (
-    LONG_WORK,
-    Document,
-    held_out,
-    load_domain,
-    read_domain,
-    read_source,
-)
+from mptbook.data.corpora import LONG_WORK, held_out, load_domain, read_domain
+from mptbook.data.sources import Document, read_source
 
 LINE = "The sea told them to the shore, and the shore told no one.\n"
 
@@ -66,10 +60,31 @@ def test_a_long_work_is_cut_between_paragraphs():
     assert len(heldout) == pytest.approx(len(text) / 20, rel=0.01)
 
 
-def test_a_long_work_of_one_line_is_still_split_completely():
-    text = "x" * (LONG_WORK + 7)
-    train, heldout = held_out(Document("one line", text))
+@pytest.mark.parametrize(
+    "text", ["x" * (LONG_WORK + 7), "ab " * LONG_WORK, "y\n\n" + "x " * LONG_WORK]
+)
+def test_a_twentieth_of_a_long_work_is_held_out_however_it_is_broken(text):
+    train, heldout = held_out(Document("long", text))
     assert train + heldout == text
+    assert len(heldout) == pytest.approx(len(text) / 20, abs=3)
+
+
+def test_a_paragraph_is_preferred_to_a_line():
+    text = (LINE * 4).strip() + "\n\n"
+    train, heldout = held_out(Document("long", text * 500))
+    assert train.endswith("no one.")
+    assert (train + "\n\n") in text * 500
+    assert heldout in text * 500
+    assert text * 500 == train + "\n\n" + heldout
+
+
+def test_without_an_index_a_module_and_its_docstrings_are_on_the_same_side():
+    code, docstrings, _ = (list(d.read()) for d in corpora.WITHOUT_AN_INDEX.values())
+    sides = {document.name: [bool(part) for part in held_out(document)] for document in code}
+    assert len(docstrings) > 100
+    for document in docstrings:
+        assert sides.get(document.name, [True, False]) == [bool(p) for p in held_out(document)]
+    assert not [document.name for document in code if "topics" in document.name]
 
 
 def test_one_short_document_in_fifty_is_held_out():

@@ -4,9 +4,10 @@ import os
 import numpy as np
 import pytest
 
-from mptbook.data.corpora import held_out, read_source
+from mptbook.data.corpora import held_out
 from mptbook.data.loader import Rows, batches, row_numbers
 from mptbook.data.prepare import Prepare, prepare
+from mptbook.data.sources import read_source
 from mptbook.tokenizer.bpe import train_bpe
 
 
@@ -133,3 +134,12 @@ def test_a_source_that_is_not_there_is_found_before_anything_is_written(texts, t
     with pytest.raises(FileNotFoundError, match="nowhere/ does not exist; give a path, or hf:"):
         prepare(settings(texts, tmp_path / "rows", source=missing))
     assert not (tmp_path / "rows").exists()
+
+
+def test_shards_of_texts_that_have_changed_are_not_kept(texts, tmp_path):
+    source = tmp_path / "hares.jsonl"
+    source.write_text((texts / "hares.jsonl").read_text())
+    prepare(settings(texts, tmp_path / "rows", source={"hares": str(source)}))
+    source.write_text(source.read_text() + '\n{"text": "one more"}')
+    with pytest.raises(ValueError, match="was prepared with texts"):
+        prepare(settings(texts, tmp_path / "rows", source={"hares": str(source)}))

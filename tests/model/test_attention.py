@@ -143,3 +143,9 @@ def test_a_model_without_alibi_has_slopes_of_zero():
 def test_the_largest_bias_sets_the_flattest_slope():
     config = MPTConfig(d_model=64, n_heads=8).replace(alibi_bias_max=16)
     assert slopes_of(config).tolist() == [2.0**-h for h in range(2, 17, 2)]
+
+
+def test_a_configuration_may_name_every_backend_there_is():
+    from mptbook.model import attention, config
+
+    assert set(attention.BACKENDS) == set(config.BACKENDS)

@@ -103,6 +103,16 @@ def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(data, tmp_path):
     assert [line["loss"] for line in whole] == [line["loss"] for line in again]
 
 
+def test_a_checkpoint_removes_what_killed_processes_left_half_written(data, tmp_path):
+    pretrain(settings(data, tmp_path / "run"))
+    for name in ("partial-000004", ".partial-000004-x1"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "model.safetensors").write_text("half")
+    pretrain(settings(data, tmp_path / "run", steps=13, resume=True))
+    assert not list((tmp_path / "run").glob("*partial*"))
+    assert (tmp_path / "run" / "step-000013" / "state.json").exists()
+
+
 def test_accumulated_micro_batches_train_like_a_whole_batch(data, tmp_path):
     shape = SHAPE | {"resid_pdrop": 0.0}
     how = {"shape": shape, "precision": "fp32", "steps": 3, "optim": Optim(name="adamw", warmup=1)}
