@@ -49,6 +49,12 @@ def test_rows_by_hand_equal_the_sum(model, tokenizer, batch_rows):
     assert found.targets == len(stream) - 1
 
 
+def test_dropout_is_off(model, tokenizer):
+    drops = MPT(model.config.replace(resid_pdrop=0.5)).train()
+    drops.load_state_dict(model.state_dict())
+    assert perplexity(drops, tokenizer, TEXTS) == perplexity(model, tokenizer, TEXTS)
+
+
 def test_predictions_add_up_from_sums_and_not_from_means():
     total = Prediction(10.0, 5, 20) + Prediction(2.0, 10, 4)
     assert total == Prediction(12.0, 15, 24)

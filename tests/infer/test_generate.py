@@ -41,6 +41,13 @@ def test_cached_generation_equals_reading_everything_anew(model, tokenizer, prom
     assert generate(model, tokenizer, prompt, max_new_tokens=20) == [expected]
 
 
+def test_dropout_is_off(model, tokenizer):
+    drops = MPT(model.config.replace(resid_pdrop=0.5)).train()
+    drops.load_state_dict(model.state_dict())
+    expected = generate(model, tokenizer, "the cat", max_new_tokens=20)
+    assert generate(drops, tokenizer, "the cat", max_new_tokens=20) == expected
+
+
 def test_unequal_prompts_together_equal_each_alone(model, tokenizer):
     prompts = ["the", "a dog ate the hat on the mat", "", "olé"]
     alone = [generate(model, tokenizer, prompt, max_new_tokens=12)[0] for prompt in prompts]

@@ -86,14 +86,15 @@ def test_a_run_leaves_a_log_checkpoints_and_a_model_directory(data, tmp_path):
     assert isinstance(generate(model, tokenizer, "the hare", max_new_tokens=5)[0], str)
 
 
-def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(data, tmp_path):
+@pytest.mark.parametrize("at_once", [64, 16])
+def test_a_resumed_run_ends_bit_identical_to_an_unbroken_one(data, tmp_path, at_once):
     # dropout is on, so the random state matters too
-    pretrain(settings(data, tmp_path / "whole"))
+    pretrain(settings(data, tmp_path / "whole", micro_batch_tokens=at_once))
     part = tmp_path / "part"
-    pretrain(settings(data, part))
+    pretrain(settings(data, part, micro_batch_tokens=at_once))
     for path in (part / "step-000012", part / "model"):
         path.rename(tmp_path / f"lost-{path.name}")
-    pretrain(settings(data, part, resume=True))
+    pretrain(settings(data, part, micro_batch_tokens=at_once, resume=True))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert_identical(
             load_file(tmp_path / "whole" / "step-000012" / name),
@@ -122,6 +123,28 @@ def test_accumulated_micro_batches_train_like_a_whole_batch(data, tmp_path):
     for x, y in zip(a, b, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+
+
+def test_documents_are_kept_apart_where_the_shape_says_so(data, tmp_path):
+    losses = []
+    for apart in (False, True):
+        shape = SHAPE | {"attn_uses_sequence_id": apart, "resid_pdrop": 0.0}
+        out = tmp_path / str(apart)
+        pretrain(settings(data, out, shape=shape, steps=1, optim=Optim(warmup=0)))
+        losses.append(read_log(out, "step")[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_activations_are_recomputed_where_the_run_says_so(data, tmp_path, monkeypatch):
+    from mptbook.model import mpt
+
+    calls = []
+    original = mpt.checkpoint
+    monkeypatch.setattr(mpt, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    for recompute, expected in ((False, 0), (True, SHAPE["n_layers"])):
+        out = tmp_path / str(recompute)
+        pretrain(settings(data, out, steps=1, recompute=recompute, optim=Optim(warmup=0)))
+        assert len(calls) == expected
 
 
 def test_the_settings_file_of_a_run_repeats_it(data, tmp_path):
