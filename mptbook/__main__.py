@@ -11,6 +11,8 @@ VERBS = {
     "pretrain": ("mptbook.train.pretrain", "Pretrain", "train a model from scratch"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
+    "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
+    "bench positions": ("mptbook.bench.positions", "BenchPositions", "train short, test long"),
 }
 
 
@@ -31,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     verb, *rest = arguments
+    if verb == "bench" and rest:
+        verb, rest = f"bench {rest[0]}", rest[1:]
     if verb not in VERBS:
         print(f"error: {verb} is not a verb; mptbook has {', '.join(VERBS)}", file=sys.stderr)
         return 2

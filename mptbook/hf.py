@@ -103,10 +103,10 @@ class Held:
     def __len__(self) -> int:
         return self.n_tokens
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
         n_keys = self.n_tokens + k.shape[2]
         keys, values = self.cache.update(k, v, layer)
-        return keys[:, :, :n_keys], values[:, :, :n_keys]  # a static cache has room to spare
+        return [(keys[:, :, :n_keys], values[:, :, :n_keys])]  # a static cache has room to spare
 
 
 class MPTForCausalLM(PreTrainedModel, GenerationMixin):

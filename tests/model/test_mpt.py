@@ -177,7 +177,7 @@ class Kept:
             else [torch.cat(pair, 2) for pair in zip(old, (k, v), strict=True)]
         )
         self.layers[layer] = both
-        return both
+        return [both]
 
 
 @pytest.mark.parametrize("changes", FIELDS.values(), ids=FIELDS)

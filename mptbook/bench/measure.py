@@ -1,0 +1,131 @@
+"""How every bench measures: interleaved, medians, with the machine it ran on beside the figures."""
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "flash-attn")
+
+
+def medians(runs: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+    """Seconds that each function takes, the median of `repeats` rounds.
+
+    Every function is called once before the clock starts. A round then calls each in turn, so
+    that what slows the machine for a while slows all of them.
+
+    Args:
+        runs: name to a function without arguments; its result is dropped.
+        repeats: rounds, at least 1.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    """Wait for a GPU, where there is one; a CPU has done its work when a call returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(function: Callable[..., object], *arguments) -> int:
+    """Bytes that a call adds to the resident memory of a fresh process, at the peak.
+
+    Reads Linux's account of a process.
+
+    Args:
+        function: a function of a module, called with `arguments` in a process of its own; the
+            last is a size, and a call with 16 goes before the one that is measured.
+
+    Raises:
+        MemoryError: if the process ends before the call returns.
+    """
+    context = get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(send, function, arguments))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join()
+        raise MemoryError(
+            f"{function.__name__}{arguments} ended with exit code {process.exitcode}"
+        ) from None
+    finally:
+        process.join()
+
+
+def _report_peak(send, function, arguments) -> None:
+    function(*arguments[:-1], 16)  # what libraries load at the first call is not the function's
+    before = _status("VmRSS")
+    _reset_peak()
+    function(*arguments)
+    send.send(_status("VmHWM") - before)
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status; VmRSS is what is resident, VmHWM its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {name}")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on, and when."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "matrix units": bool(torch.cpu._is_amx_tile_supported()),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": found,
+        "command": " ".join(["mptbook", *sys.argv[1:]]),
+    }
+
+
+def cpu_name() -> str:
+    """As the system reports it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(results: dict, path: Path) -> None:
+    """Write results as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
