@@ -109,7 +109,7 @@ def machine() -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": found,
-        "command": " ".join(["mptbook", *sys.argv[1:]]),
+        "command": " ".join(["mptbook", *sys.argv[1:3]]),  # what follows are paths and sizes
     }
 
 

@@ -52,7 +52,7 @@ def choose(q: Tensor, k: Tensor, dropout: float = 0.0) -> str:
         return "flash" if kernels().can_flash(q) else "sdpa"
     if k.shape[2] <= EAGER_TOKENS and q.dtype == torch.bfloat16:
         return "eager"
-    return "sdpa" if dropout or q.shape[2] == 1 or q.dtype == torch.float64 else "horizon"
+    return "sdpa" if dropout or q.shape[2] < 2 or q.dtype == torch.float64 else "horizon"
 
 
 def backend(name: str) -> Backend:

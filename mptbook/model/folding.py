@@ -101,9 +101,9 @@ def fold(
     position = torch.arange(k.shape[2], device=k.device)
     low, high = position % 256, position // 256
     middle, top = high % 256, high // 256
-    # (H, 6) and (Tk, 6): every number fits into 8 bits, the powers of 256 with the head.
-    of_head = [part * power for part in (coarse, fine) for power in (1, 256, 256**2)]
-    of_key = [low, middle, top] * 2
+    # (H, 6) and (Tk, 6): each number fits into 8 bits, and into the range of float16.
+    of_head = [part * power for part in (coarse, fine) for power in (1, 256, 256)]
+    of_key = [low, middle, 256 * top] * 2
     spare = FOLDED_CHANNELS - len(of_key)
     of_head = F.pad(torch.stack(of_head, dim=1), (0, spare)).to(q.dtype)[None, :, None]
     of_key = F.pad(torch.stack(of_key, dim=1), (0, spare)).to(k.dtype)

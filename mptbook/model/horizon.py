@@ -114,14 +114,15 @@ def measured_ranges(q: Tensor, k: Tensor, slopes: Tensor, scale: float) -> Tenso
             keys = k[:, head // copies].float()
             keys = keys - keys.mean(1, keepdim=True)
             longest = torch.linalg.vector_norm(keys, dim=2).amax(1, keepdim=True)  # (B, 1)
-            sums = F.pad(keys.cumsum(1), (0, 0, 1, 0))  # of the keys before each
+            # Sums of the keys before each; float32 would drift on long rows.
+            sums = F.pad(keys.cumsum(1, dtype=torch.float64), (0, 0, 1, 0))
         n = math.ceil(1 / slope) if slope else n_keys
         first = max(n - 1, past)  # the first position with a query and n keys
         if first >= n_keys:
             ranges.append(0.0)
             continue
         queries = q[:, head, first - past :].float()
-        near = (sums[:, first + 1 :] - sums[:, first + 1 - n : n_keys + 1 - n]) / n
+        near = (sums[:, first + 1 :] - sums[:, first + 1 - n : n_keys + 1 - n]).float() / n
         largest = abs(scale) * torch.linalg.vector_norm(queries, dim=2) * longest
         content = float((largest - scale * torch.linalg.vecdot(queries, near)).max())
         bias = slope * (n - 1) / 2 - math.log(n * -math.expm1(-slope)) if slope else 0.0

@@ -16,6 +16,7 @@ import importlib.util
 from importlib.metadata import version
 
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def flash(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) 
     Arguments as for `mptbook.model.reference.Backend`, on a GPU, in float16 or bfloat16. A
     packed row of as many queries as keys is read as documents laid end to end; finding where
     they end makes the program wait for the GPU. Heads are called together if their windows are
-    equal.
+    equal, and keys that such heads share are repeated.
 
     Raises:
         ValueError: besides those of `Backend`, if flash-attn is missing or too old, the tensors
@@ -129,7 +130,7 @@ def flash_with_padding(q, k, v, documents: Tensor, how: dict) -> Tensor:
             f"{n_queries} queries after cached keys belong to several documents, which flash "
             "cannot keep apart; choose sdpa"
         )
-    key_ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    key_ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     query_ends = torch.arange(n_rows + 1, device=q.device, dtype=torch.int32) * n_queries
     out = flash_attn_varlen_func(
         q.flatten(0, 1),
@@ -153,7 +154,7 @@ def document_ends(documents: Tensor) -> tuple[Tensor, int]:
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     distinct = sum(len(row.unique()) for row in documents)
-    ends = torch.cat([starts.flatten().nonzero()[:, 0], starts.new_tensor([starts.numel()]).long()])
+    ends = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=starts.numel())
     if len(ends) - 1 != distinct:
         raise ValueError(
             "a document comes again after another in its row, which flash cannot tell from a "
@@ -176,8 +177,8 @@ def flex(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) -
     check(q, k, v, slopes, documents, windows)
     if dropout:
         raise ValueError(f"attn_pdrop is {dropout}, and flex cannot drop weights; choose sdpa")
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        raise ValueError("flex has no backward pass on a CPU; choose auto, or use torch.no_grad()")
+    if q.device.type == "cpu" and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("flex has no backward pass on a CPU; choose auto, or detach q, k and v")
     from torch.nn.attention.flex_attention import create_block_mask
 
     n_queries, n_keys = q.shape[2], k.shape[2]

@@ -140,8 +140,8 @@ def check(
             f"{n_keys} keys; attention is always causal and takes no other mask: to hide tokens, "
             "give them a document of their own"
         )
-    if windows is not None and windows.shape != (heads,):
-        raise ValueError(f"windows have the shape {tuple(windows.shape)}; it must be ({heads},)")
+    if windows is not None and (windows.shape != (heads,) or (looked_at and windows.min() < 1)):
+        raise ValueError(f"windows are {windows.tolist()}; {heads} heads need {heads}, at least 1")
 
 
 def repeat_heads(part: Tensor, q: Tensor) -> Tensor:

@@ -298,3 +298,8 @@ def test_the_state_dict_holds_weights_alone():
     state = build().state_dict()
     assert not [name for name in state if not name.endswith(".weight")]
     assert "lm_head.weight" not in state
+
+
+def test_a_row_without_tokens_has_no_logits():
+    config = MPTConfig(d_model=60, n_heads=6, n_layers=1, vocab_size=97)
+    assert MPT(config)(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0, 97)
