@@ -21,21 +21,21 @@ def sdpa(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) -
     """PyTorch's fused attention, with ALiBi folded into the queries and keys.
 
     Arguments as for `mptbook.model.reference.Backend`. Memory is linear in Tk: a packed row is
-    read document by document, a single query has a row of biases, and where queries are
-    otherwise fewer than keys all heads share a mask of Tq x Tk bits. Quadratic masks remain
-    where a document is not one run of tokens, and for windows, which other forms skip.
+    read document by document, a single query has a row of biases, and other queries fewer than
+    keys a mask of Tq x Tk bits for all heads. A document that is not one run of tokens takes a
+    quadratic mask, and so do windows, which other forms skip.
     """
     check(q, k, v, slopes, documents, windows)
     n_queries, n_keys = q.shape[2], k.shape[2]
     on_cpu = q.device.type == "cpu"
     if windows is not None or (n_queries == 1 and on_cpu):
         mask = visible(slopes, n_queries, n_keys, documents, windows)
-        mask = mask if on_cpu else mask.to(q.dtype)  # which the kernels of GPUs ask for
+        # Beside float64 a float32 mask would be misread, without a word.
+        mask = mask.to(torch.float32 if on_cpu and q.dtype.itemsize == 2 else q.dtype)
         k, v = repeat_heads(k, q), repeat_heads(v, q)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-    rows = None
-    if documents is not None and n_queries == n_keys and not torch.compiler.is_compiling():
-        rows = runs(documents)
+    whole = documents is not None and n_queries == n_keys
+    rows = runs(documents) if whole and not torch.compiler.is_compiling() else None
     if rows is not None:
         how = {"scale": scale, "dropout": dropout}
         if all(len(row) == 1 for row in rows):

@@ -36,6 +36,8 @@ def windowed(q, k, v, slopes, *, scale, documents=None, windows) -> Tensor:
     with `BLOCK_QUERIES` times the longest window. For tensors on a CPU; arguments as for
     `mptbook.model.reference.Backend`, but for dropout, which the kernel does not have.
     """
+    if q.dtype == torch.float64:  # the kernel would misread the bias
+        raise ValueError("horizon has no kernel for torch.float64; use float32, or choose sdpa")
     if q.numel() == 0:
         return torch.zeros_like(q)  # which the kernel would divide by
     k, v = repeat_heads(k, q), repeat_heads(v, q)

@@ -273,3 +273,14 @@ def test_a_model_without_alibi_has_slopes_of_zero():
 def test_the_largest_bias_sets_the_flattest_slope():
     config = MPTConfig(d_model=64, n_heads=8).replace(alibi_bias_max=16)
     assert slopes_of(config).tolist() == [2.0**-h for h in range(2, 17, 2)]
+
+
+@pytest.mark.parametrize("n_queries", [17, 4, 1])
+@pytest.mark.parametrize("near", [None, WINDOWS], ids=["far", "windows"])
+def test_float64_is_computed_by_sdpa_and_refused_by_horizon(near, n_queries):
+    qkv = inputs(n_queries, 17, torch.float64)
+    expected = reference(*qkv, alibi_slopes(H), scale=0.3, windows=near)  # in float32
+    actual = auto(*qkv, alibi_slopes(H), scale=0.3, windows=near)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"no kernel for torch.float64; .* choose sdpa"):
+        backend("horizon")(*qkv, alibi_slopes(H), scale=0.3, windows=near)
