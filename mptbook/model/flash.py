@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mptbook.model.alibi import alibi_bias
+from mptbook.model.reference import check, repeat_heads
 
 
 class SlowMemory:
@@ -96,13 +97,10 @@ def flash_attention(
         (B, H, Tq, K) in the dtype of `q`; differentiable in q, k and v.
 
     Raises:
-        ValueError: if there are more queries than keys.
+        ValueError: as for `mptbook.model.reference.Backend`.
     """
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"{q.shape[2]} queries but only {k.shape[2]} keys; "
-            "pass the cached keys along with the new ones"
-        )
+    check(q, k, v, slopes, None, None)
+    k, v = repeat_heads(k, q), repeat_heads(v, q)
     return Tiles.apply(q, k, v, slopes, scale, tile, memory or SlowMemory())
 
 

@@ -25,7 +25,7 @@ from mptbook.model.reference import check
 FLASH_ATTN = "2.4.2"  # the first with slopes of ALiBi in the forward and backward pass
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_WIDTH = 256
-INSTALL_FLASH = "pip install --no-build-isolation 'flash-attn>=2.4.2'"
+INSTALL_FLASH = f"pip install --no-build-isolation 'flash-attn>={FLASH_ATTN}'"
 
 
 def flash(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) -> Tensor:

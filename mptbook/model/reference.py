@@ -95,7 +95,7 @@ def visible(
 def eager(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) -> Tensor:
     """As `reference`, but every product and the bias in the dtype of `q`.
 
-    On a CPU with matrix units for bfloat16 this is the fastest form for short rows. The bias
+    On a CPU this is the fastest form for short rows in bfloat16. The bias
     is rounded as the scores are, to 8 bits; beyond `EAGER_TOKENS`, where the positions
     themselves no longer fit into 8 bits and neighbours run together, another form is taken.
     """
