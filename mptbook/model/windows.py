@@ -55,7 +55,8 @@ class Windowed(torch.autograd.Function):
             n = threads_of(q[at])
             part, sums = attend(
                 split(q[at], n),
-                *(x[seen].expand(-1, n, -1, -1) if n > 1 else x[seen] for x in (k, v)),
+                share(k[seen], n),
+                share(v[seen], n),
                 0.0,
                 causal,
                 attn_mask=split(bias, n),
@@ -77,7 +78,8 @@ class Windowed(torch.autograd.Function):
             part_q, part_k, part_v = attend_backward(
                 split(grad_out[at], n),
                 split(q[at], n),
-                *(x[seen].expand(-1, n, -1, -1) if n > 1 else x[seen] for x in (k, v)),
+                share(k[seen], n),
+                share(v[seen], n),
                 split(out[at], n),
                 split(log_sums[at], n),
                 0.0,
@@ -133,6 +135,11 @@ def threads_of(q: Tensor) -> int:
 def split(x: Tensor, n: int) -> Tensor:
     """(B, 1, T, ...) to (B, n, T / n, ...)."""
     return x if n == 1 else x[:, 0].unflatten(1, (n, -1))
+
+
+def share(x: Tensor, n: int) -> Tensor:
+    """(B, 1, T, K) to (B, n, T, K), the same for each part of a head that was split."""
+    return x if n == 1 else x.expand(-1, n, -1, -1)
 
 
 def join(x: Tensor, n: int) -> Tensor:
