@@ -23,15 +23,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mptbook.bench.measure import machine, save
-from mptbook.data.corpora import load_domain
-from mptbook.data.loader import Rows, batches
+from mptbook.bench.training import heldout_ids, tiny_run, train
+from mptbook.data.loader import Rows
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.settings import CONFIGS, RunSettings
+from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
-from mptbook.train.loop import train_steps
-from mptbook.train.pretrain import Pretrain, make_optimizer
 
 POSITIONS = ("learned", "sinusoidal", "rotary", "alibi")
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -88,18 +86,11 @@ def rotating(backend):
     return rotated
 
 
-def train(positions: str, rows: Rows, steps: int, seed: int = 0) -> MPT:
+def train_with(positions: str, rows: Rows, steps: int, seed: int = 0) -> MPT:
     """A model of the shape of mpt-tiny trained on `rows`, as `configs/tiny.toml` says."""
-    run = Pretrain.from_toml(CONFIGS / "tiny.toml", data=rows.folder, out=Path())
-    run.optim.warmup = min(run.optim.warmup, steps // 10)
     torch.manual_seed(seed)
-    model = model_with(positions, MPTConfig.named(run.model).replace(max_seq_len=rows.row_tokens))
-    stream = batches(rows, run.batch_tokens // rows.row_tokens, seed=seed)
-    optimizer = make_optimizer(model, run.optim)
-    rates = run.optim.rates(steps)
-    for log in train_steps(model, stream, optimizer, rates, steps=steps, clip=run.optim.clip):
-        if log.step % 250 == 0 or log.step == steps:
-            print(f"{positions:10}  step {log.step:5,}  {log.loss:.3f} nats/token", flush=True)
+    model = model_with(positions, MPTConfig.named("mpt-tiny").replace(max_seq_len=rows.row_tokens))
+    train(model, rows, tiny_run().optim, steps=steps, seed=seed, name=positions)
     return model
 
 
@@ -129,16 +120,6 @@ def loss_by_length(model: MPT, ids: Tensor, lengths=LENGTHS) -> dict[int, float 
     return found
 
 
-def heldout_ids(tokenizer: Tokenizer, n_tokens: int) -> Tensor:
-    """(n_tokens + 1,) int64: held-out novels, laid end to end."""
-    ids: list[int] = []
-    for text in load_domain("novels", "heldout", None)["text"]:
-        ids += [*tokenizer.encode(text), tokenizer.end_of_text]
-        if len(ids) > n_tokens:
-            return torch.tensor(ids[: n_tokens + 1])
-    raise ValueError(f"the held-out novels have {len(ids):,} tokens; ask for fewer than {n_tokens}")
-
-
 def compare(data: str | Path, *, steps: int = 1000, seeds: int = 1) -> dict:
     """Train with each of `POSITIONS` and measure at each of `LENGTHS`.
 
@@ -157,7 +138,7 @@ def compare(data: str | Path, *, steps: int = 1000, seeds: int = 1) -> dict:
     loss, spread, seconds = {}, {}, {}
     for positions in POSITIONS:
         start = time.perf_counter()
-        models = [train(positions, rows, steps, seed) for seed in range(seeds)]
+        models = [train_with(positions, rows, steps, seed) for seed in range(seeds)]
         seconds[positions] = (time.perf_counter() - start) / seeds
         found = [loss_by_length(model, ids) for model in models]
         by_length = {length: [one[length] for one in found] for length in LENGTHS}

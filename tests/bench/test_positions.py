@@ -89,7 +89,7 @@ def test_the_comparison_reports_every_kind_at_every_length(monkeypatch, tmp_path
         torch.manual_seed(seed)
         return model_with(name, CONFIG)
 
-    monkeypatch.setattr(positions, "train", train)
+    monkeypatch.setattr(positions, "train_with", train)
     monkeypatch.setattr(
         positions, "loss_by_length", lambda model, ids: loss_by_length(model, ids, (16, 32))
     )

@@ -1,0 +1,64 @@
+"""Small trainings, for benches that compare what a model learns and not how fast."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mptbook.data.corpora import load_domain
+from mptbook.data.loader import Rows, batches
+from mptbook.model.mpt import MPT
+from mptbook.settings import CONFIGS
+from mptbook.tokenizer.tokenizer import Tokenizer
+from mptbook.train.loop import StepLog, train_steps
+from mptbook.train.pretrain import Optim, Pretrain, make_optimizer
+
+
+def tiny_run() -> Pretrain:
+    """The settings of `configs/tiny.toml`."""
+    return Pretrain.from_toml(CONFIGS / "tiny.toml", data=Path(), out=Path())
+
+
+def train(
+    model: MPT,
+    rows: Rows,
+    optim: Optim,
+    *,
+    steps: int,
+    seed: int = 0,
+    name: str = "",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[StepLog]:
+    """Train a model in place on batches of the size that `configs/tiny.toml` has.
+
+    Args:
+        rows: their order depends on `seed`.
+        optim: its schedule, with a warm-up of at most a tenth of the steps, and its clipping.
+        steps: of the whole training.
+        name: what to print it under, now and then; "" prints nothing.
+        optimizer: None makes the one that `optim` names.
+
+    Returns:
+        The log of each step.
+    """
+    optim = optim.model_copy(update={"warmup": min(optim.warmup, steps // 10)})
+    optimizer = optimizer or make_optimizer(model, optim)
+    stream = batches(rows, tiny_run().batch_tokens // rows.row_tokens, seed=seed)
+    logs = []
+    for log in train_steps(
+        model, stream, optimizer, optim.rates(steps), steps=steps, clip=optim.clip
+    ):
+        logs.append(log)
+        if name and (log.step % 250 == 0 or log.step == steps):
+            print(f"{name:10}  step {log.step:5,}  {log.loss:.3f} nats/token", flush=True)
+    return logs
+
+
+def heldout_ids(tokenizer: Tokenizer, n_tokens: int) -> Tensor:
+    """(n_tokens + 1,) int64: held-out novels, laid end to end."""
+    ids: list[int] = []
+    for text in load_domain("novels", "heldout", None)["text"]:
+        ids += [*tokenizer.encode(text), tokenizer.end_of_text]
+        if len(ids) > n_tokens:
+            return torch.tensor(ids[: n_tokens + 1])
+    raise ValueError(f"the held-out novels have {len(ids):,} tokens; ask for fewer than {n_tokens}")

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from mptbook.bench.training import heldout_ids, tiny_run, train
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.tokenizer import Tokenizer
+
+
+class Pattern:
+    """Rows that repeat: what a small model learns in a few steps."""
+
+    row_tokens = 16
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, rows):
+        return (rows[:, None] + torch.arange(17).numpy()) % 7
+
+
+def small_model():
+    torch.manual_seed(0)
+    return MPT(MPTConfig(d_model=24, n_heads=3, n_layers=1, vocab_size=11, max_seq_len=16))
+
+
+def test_a_small_training_learns_and_is_repeated_by_its_seed(capsys):
+    losses = []
+    for seed in (0, 0, 1):
+        logs = train(small_model(), Pattern(), tiny_run().optim, steps=20, seed=seed, name="lion")
+        losses.append([log.loss for log in logs])
+    assert len(losses[0]) == 20
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert losses[0] == losses[1] != losses[2]
+    assert capsys.readouterr().out.count("lion        step    20") == 3
+
+
+def test_the_warm_up_is_shortened_with_the_run():
+    optim = tiny_run().optim
+    assert optim.warmup == 100
+    logs = train(small_model(), Pattern(), optim, steps=10)
+    assert logs[0].lr == optim.lr  # a warm-up of one step
+    assert optim.warmup == 100
+
+
+def test_held_out_ids_are_the_novels_end_to_end():
+    tokenizer = Tokenizer.gpt_neox()
+    ids = heldout_ids(tokenizer, 300)
+    assert ids.shape == (301,)
+    assert torch.equal(ids[:101], heldout_ids(tokenizer, 100))
+    with pytest.raises(ValueError, match="ask for fewer than 10000000"):
+        heldout_ids(tokenizer, 10_000_000)
