@@ -4,11 +4,14 @@ import importlib
 import os
 import sys
 
+from mptbook.settings import Ended
+
 VERBS = {
     "corpora": ("mptbook.data.corpora", "Corpora", "fetch the default texts; list them"),
     "tokenizer": ("mptbook.data.vocabulary", "LearnTokenizer", "learn a byte-level BPE"),
     "prepare": ("mptbook.data.prepare", "Prepare", "turn texts into packed rows of tokens"),
     "pretrain": ("mptbook.train.pretrain", "Pretrain", "train a model from scratch"),
+    "history": ("mptbook.train.history", "History", "what happened to a run"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
@@ -44,12 +47,29 @@ def main(arguments: list[str] | None = None) -> int:
         settings.from_command_line(verb, rest).run()
     except KeyboardInterrupt:
         return 130  # as a shell counts it: 128 + SIGINT
-    except (ValueError, FileNotFoundError, FileExistsError, ConnectionError) as error:
+    except (ValueError, OSError, Ended) as error:
         if os.environ.get("MPTBOOK_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
+        return _exit_code(error)
     return 0
+
+
+def _exit_code(error: Exception) -> int:
+    """2 for what the user got wrong, 1 for a disk or network that did not do its part."""
+    if isinstance(error, Ended):
+        return error.code
+    mistakes = (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        PermissionError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ConnectionError,
+    )
+    return 2 if isinstance(error, mistakes) else 1
 
 
 if __name__ == "__main__":

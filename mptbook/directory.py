@@ -148,6 +148,18 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: if it cannot be written, for want of room for example.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # the library's name for an OSError
+        raise OSError(f"cannot write {file}: {error}") from None
+
+
 def _shards(folder: Path) -> list[Path]:
     """The files that hold the weights."""
     for single in WEIGHTS:
@@ -250,7 +262,7 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, max_shard_bytes: in
     split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         shard = {name: weights[name].cpu().contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_tensors(shard, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

@@ -14,6 +14,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 CONFIGS = Path(__file__).parent / "configs"
 
 
+class Ended(Exception):
+    """A run that ends before its last step, by no mistake in its settings.
+
+    Attributes:
+        code: the exit code of the command.
+    """
+
+    code: int
+
+
 def cache_dir() -> Path:
     """Where downloads and trained runs are kept: `MPTBOOK_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("MPTBOOK_CACHE") or platformdirs.user_cache_dir("mptbook"))

@@ -11,7 +11,8 @@ from mptbook.model.mpt import MPT
 from mptbook.settings import CONFIGS
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.loop import StepLog, train_steps
-from mptbook.train.pretrain import Optim, Pretrain, make_optimizer
+from mptbook.train.optimizer import Optim, make_optimizer
+from mptbook.train.pretrain import Pretrain
 
 
 def tiny_run() -> Pretrain:

@@ -9,7 +9,7 @@ Dimensions in this file
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,12 +76,27 @@ def row_numbers(n_rows: int, batch_rows: int, seed: int, step: int) -> np.ndarra
     return np.array([_order(n_rows, seed, place // n_rows)[place % n_rows] for place in places])
 
 
+def place(step: int, skipped: Sequence[int]) -> int:
+    """Where the batch of a step stands in the order, if those at `skipped` are left out.
+
+    Args:
+        step: counted from 0.
+        skipped: places, ascending.
+    """
+    for left_out in skipped:
+        if left_out > step:
+            break
+        step += 1
+    return step
+
+
 def batches(
     rows: Rows,
     batch_rows: int,
     *,
     seed: int,
     start: int = 0,
+    skipped: Sequence[int] = (),
     end_of_text: int | None = None,
     rank: int = 0,
     world: int = 1,
@@ -90,6 +105,8 @@ def batches(
 
     Args:
         batch_rows: B; each process gets B / `world` of them.
+        skipped: places in the order whose batches are left out, ascending; later batches move
+            up.
         end_of_text: give it to get a third tensor, the `document_ids` of the inputs.
 
     Returns:
@@ -105,7 +122,8 @@ def batches(
         )
     step = start
     while True:
-        mine = row_numbers(len(rows), batch_rows, seed, step)[rank::world]
+        at = place(step, skipped)
+        mine = row_numbers(len(rows), batch_rows, seed, at)[rank::world]
         block = torch.from_numpy(rows[mine])
         inputs, targets = block[:, :-1], block[:, 1:]
         if end_of_text is None:

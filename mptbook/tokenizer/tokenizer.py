@@ -100,7 +100,8 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that transformers and every engine can read."""
         partial = Path(f"{path}.partial")
-        self.backend.save(str(partial))
+        # Not the library's own `save`, which raises no OSError where the disk is full.
+        partial.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         partial.replace(path)  # a killed process leaves no half of one
 
     def __len__(self) -> int:

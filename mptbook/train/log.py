@@ -1,12 +1,21 @@
 """What a run writes down: one JSON object a line in `log.jsonl`, and lines for people.
 
-Every line has a `kind`: `step` (loss in nats per token, grad_norm, lr, targets, seconds since
-the run began or was resumed), `heldout` (bits_per_byte of the front of each domain's held-out
-text, over all and by domain), `sample` (prompt, text), `saved` (path), and at the end `final`
-(bits_per_byte of all held-out text).
+Every line has a `kind` and a `step`:
+
+    started    resumed: whether it goes on from a checkpoint
+    step       loss (nats per token), grad_norm, lr, targets, seconds since the run began or was
+               resumed, refused: why the step was not taken, or ""; what is not finite is null
+    rollback   to: the step gone back to, skipped: places of the batches left out, reason
+    heldout    bits_per_byte of the front of each domain's held-out text, over all and by domain
+    sample     prompt, text
+    saved      path of a checkpoint;  unsaved: why it could not be written
+    damaged    path of a checkpoint passed over, and what is wrong with it
+    stopped    by: the signal
+    final      bits_per_byte of all held-out text
 """
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -23,7 +32,17 @@ SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 def read_log(run: str | Path, kind: str) -> list[dict]:
     """The lines of one kind from the log of a run directory, in order of their steps.
 
-    After a resume the steps since the last checkpoint are taken again: the later line counts.
+    After a resume or a rollback steps are taken again: the later line counts.
+
+    Raises:
+        FileNotFoundError: if there is no log.
+    """
+    last = {line["step"]: line for line in read_history(run) if line["kind"] == kind}
+    return [last[step] for step in sorted(last)]
+
+
+def read_history(run: str | Path) -> list[dict]:
+    """All lines of the log in the order in which they were written.
 
     Raises:
         FileNotFoundError: if there is no log.
@@ -31,9 +50,12 @@ def read_log(run: str | Path, kind: str) -> list[dict]:
     path = Path(run) / "log.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is {run} a run of mptbook pretrain?")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    last = {line["step"]: line for line in lines if line["kind"] == kind}
-    return [last[step] for step in sorted(last)]
+    return [json.loads(line) for line in _whole_lines(path.read_bytes()).splitlines()]
+
+
+def _whole_lines(text: bytes) -> bytes:
+    """Without the part of a line that a killed process left at the end."""
+    return text[: text.rfind(b"\n") + 1]
 
 
 class RunLog:
@@ -46,10 +68,14 @@ class RunLog:
     """
 
     def __init__(self, run: Path, steps: int, start: int = 0) -> None:
+        path = run / "log.jsonl"
+        if path.exists():
+            with path.open("rb+") as torn:
+                torn.truncate(len(_whole_lines(path.read_bytes())))
         # Line by line, so that a killed run has lost nothing that it said.
-        self._file = (run / "log.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         self._begin = self._last_line = time.monotonic()
-        self._steps, self._start = steps, start
+        self._steps, self._taken = steps, 0
         self._losses: deque[float] = deque(maxlen=50)
         self._tokens = 0
         self._terminal = sys.stdout.isatty()
@@ -62,10 +88,14 @@ class RunLog:
 
     def step(self, log: StepLog) -> None:
         seconds = time.monotonic() - self._begin
-        self._write("step", log.step, seconds=round(seconds, 3), **_without_step(log))
-        self._losses.append(log.loss)
+        self.event("step", log.step, seconds=round(seconds, 3), **_without_step(log))
+        self._taken += 1
         self._tokens += log.targets
-        loss = sum(self._losses) / len(self._losses)
+        if log.refused:
+            self.say(f"step {log.step:,}  not taken: {log.refused}")
+        else:
+            self._losses.append(log.loss)
+        loss = sum(self._losses) / max(1, len(self._losses))
         line = (
             f"step {log.step:,} of {self._steps:,}  loss {loss:.3f} nats/token  "
             f"{self._tokens / seconds:,.0f} tokens/s"
@@ -73,22 +103,24 @@ class RunLog:
         if self._terminal:
             self._bar.update(self._task, completed=log.step, description=line)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            left = seconds / (log.step - self._start) * (self._steps - log.step)
+            left = seconds / self._taken * (self._steps - log.step)
             print(f"{line}  {left:.0f} s left", flush=True)
             self._last_line = time.monotonic()
 
     def heldout(self, kind: str, step: int, total: float, domains: dict[str, float]) -> None:
-        self._write(kind, step, bits_per_byte=total, domains=domains)
+        self.event(kind, step, bits_per_byte=total, domains=domains)
         parts = ", ".join(f"{name} {value:.3f}" for name, value in domains.items())
         what = "all held out" if kind == "final" else "held out"
         self.say(f"step {step:,}  {what}: {total:.3f} bits per byte ({parts})")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        self._write("sample", step, prompt=prompt, text=text)
+        self.event("sample", step, prompt=prompt, text=text)
         self.say(f"step {step:,}  {prompt}|{text}".replace("\n", " / "))
 
     def event(self, kind: str, step: int, **what) -> None:
-        self._write(kind, step, **what)
+        """One line of `log.jsonl`."""
+        line = json.dumps({"kind": kind, "step": step, **_finite(what)}, allow_nan=False)
+        self._file.write(line + "\n")
 
     def say(self, line: str) -> None:
         """A line for people that the progress bar does not overwrite."""
@@ -104,8 +136,12 @@ class RunLog:
         self._bar.stop()
         self._file.close()
 
-    def _write(self, kind: str, step: int, **what) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **what}) + "\n")
+
+def _finite(value):
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_step(log: StepLog) -> dict:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mptbook.data.packing import IGNORE
 from mptbook.model.mpt import MPT
+from mptbook.train.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StepLog:
     grad_norm: float  # before clipping
     lr: float
     targets: int  # target tokens behind this step
+    refused: str = ""  # why the step was not taken
 
 
 def train_steps(
@@ -36,10 +38,12 @@ def train_steps(
     accumulate: int = 1,
     clip: float = 1.0,
     precision: str = "bf16",
+    guard: Guard | None = None,
 ) -> Iterator[StepLog]:
     """Train `model`; yield a log after each step.
 
-    The caller decides what happens between steps: print, plot, evaluate, save, stop.
+    The caller decides what happens between steps: print, plot, evaluate, save, stop. A step
+    whose loss or gradient is not finite is never taken; its log says so.
 
     Args:
         model: an `MPT`, or any module that turns ids (B, T) into logits (B, T, V).
@@ -53,6 +57,7 @@ def train_steps(
             targets of the whole step, so short rows do not weigh more than long ones.
         clip: largest gradient norm allowed.
         precision: `bf16` computes under autocast with float32 weights, `fp32` does not.
+        guard: refuses steps; None refuses only what is not finite.
 
     Raises:
         ValueError: if `precision` is neither, or a step has no target at all.
@@ -60,6 +65,7 @@ def train_steps(
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision is {precision!r}; it must be bf16 or fp32")
     device = next(model.parameters()).device
+    guard = guard or Guard()
     for step in range(start, steps):
         model.train()
         group = [[part.to(device) for part in next(batches)] for _ in range(accumulate)]
@@ -72,14 +78,19 @@ def train_steps(
                 loss = sum_of_losses(model, x, y, *documents)
             (loss / targets).backward()
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        loss = float(torch.stack(losses).sum() / targets)
+        weights = list(model.parameters())
+        # Looked at before clipping, which would spread one NaN over every gradient.
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        refused = guard.judge(loss, float(norm), device)
         lr = schedule(step)
-        for params in optimizer.param_groups:
-            params["lr"] = lr * params.get("lr_factor", 1.0)
-        optimizer.step()
+        if not refused:
+            nn.utils.clip_grads_with_norm_(weights, clip, norm)
+            for params in optimizer.param_groups:
+                params["lr"] = lr * params.get("lr_factor", 1.0)
+            optimizer.step()
         optimizer.zero_grad()
-        mean_loss = torch.stack(losses).sum() / targets
-        yield StepLog(step + 1, float(mean_loss), float(norm), lr, targets)
+        yield StepLog(step + 1, loss, float(norm), lr, targets, refused)
 
 
 def sum_of_losses(

@@ -1,68 +1,26 @@
 """A whole pretraining run, from prepared rows to a model directory: `mptbook pretrain`."""
 
-import signal
-import threading
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGINT
 from typing import Literal
 
-import datasets
-import tomli_w
-import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from mptbook.data.loader import Rows, batches
+from mptbook.data.loader import batches
 from mptbook.directory import save_model
-from mptbook.eval.perplexity import Prediction, perplexity
-from mptbook.infer.generate import generate
-from mptbook.model.config import MPTConfig
-from mptbook.model.mpt import MPT
-from mptbook.optim.groups import decay_groups
-from mptbook.optim.lion import Lion
-from mptbook.optim.schedule import schedule
 from mptbook.settings import RunSettings
-from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
-from mptbook.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from mptbook.train.checkpoint import Writer, checkpoints
+from mptbook.train.guard import GuardSettings
+from mptbook.train.heldout import front, measure, sample
 from mptbook.train.log import RunLog
-from mptbook.train.loop import train_steps
-
-
-class Optim(BaseModel):
-    """The optimizer and its learning rate."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: Literal["lion", "adamw"] = "lion"
-    lr: PositiveFloat = Field(1e-4, description="peak learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the momentum(s)")
-    weight_decay: float = Field(0.1, ge=0, description="of matrices, times lr, per step")
-    schedule: Literal["cosine", "linear", "inverse_sqrt", "trapezoid"] = "cosine"
-    warmup: NonNegativeInt = Field(100, description="steps of linear rise")
-    floor: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
-    decay: float = Field(0.4, gt=0, le=1, description="part of a trapezoid that falls")
-    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
-
-    def rates(self, steps: int) -> Callable[[int], float]:
-        """The learning rate as a function of the step, for a run of so many."""
-        return schedule(
-            self.schedule,
-            self.lr,
-            steps=steps,
-            warmup=self.warmup,
-            floor=self.floor,
-            decay=self.decay,
-        )
+from mptbook.train.loop import StepLog, train_steps
+from mptbook.train.optimizer import Optim
+from mptbook.train.run import Run, claim, locked, write_settings
+from mptbook.train.stop import Stop, Stopped, stop_after_step
+from mptbook.train.supervise import supervise
 
 
 class Pretrain(RunSettings):
@@ -80,6 +38,7 @@ class Pretrain(RunSettings):
         None, description="tokens at once; fewer than batch_tokens accumulate (default: all)"
     )
     optim: Optim = Optim()
+    guard: GuardSettings = GuardSettings()
     seed: int = Field(17, description="of the initial weights and the order of the data")
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: bool = Field(False, description="recompute activations to save memory")
@@ -91,7 +50,11 @@ class Pretrain(RunSettings):
     sample_prompt: str = Field("The", description="continued whenever held out is measured")
     save_every: PositiveInt = Field(1000, description="steps between checkpoints")
     keep: PositiveInt = Field(2, description="checkpoints kept")
-    resume: bool = Field(False, description="go on from the newest checkpoint in --out")
+    resume: bool = Field(False, description="go on from the newest good checkpoint in --out")
+    supervise: bool = Field(
+        False, description="train in a second process, and resume when it crashes"
+    )
+    restarts: NonNegativeInt = Field(8, description="how often --supervise resumes at most")
 
     @field_validator("shape")
     @classmethod
@@ -99,7 +62,10 @@ class Pretrain(RunSettings):
         return {key: _value(text) if isinstance(text, str) else text for key, text in shape.items()}
 
     def run(self) -> None:
-        pretrain(self)
+        if self.supervise:
+            supervise("pretrain", self)
+        else:
+            pretrain(self)
 
 
 def _value(text: str) -> bool | int | float | str:
@@ -110,174 +76,130 @@ def _value(text: str) -> bool | int | float | str:
         return text
 
 
-def pretrain(run: Pretrain) -> Path:
+def pretrain(settings: Pretrain) -> Path:
     """Train, log and save; the path of the finished model directory, `out/model`.
 
-    Ctrl-C ends the run after the step it is in, with a checkpoint.
+    Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
 
     Raises:
-        ValueError: if settings and data do not fit together.
-        FileExistsError: if `out` holds a run and `resume` is not set.
+        ValueError: if settings, data and checkpoint do not fit together.
+        FileExistsError: if `out` holds something else, or is being written by another process.
+        OSError: if the disk does not take the first checkpoint, or the last.
         KeyboardInterrupt: after Ctrl-C, when the checkpoint is written.
+        Stopped: after SIGTERM, likewise.
+        Diverged: if the loss left its course more often than `guard.rollbacks`.
     """
-    rows = Rows(run.data)
-    tokenizer = Tokenizer.load(run.data)
-    heldout = _heldout(run.data)
-    rows_at_once, accumulate = _batch(run, rows.row_tokens)
-    rates = run.optim.rates(run.steps)
-    torch.manual_seed(run.seed)
-    model = MPT(_config(run, tokenizer, rows.row_tokens)).to(_device(run.device))
-    model.recompute = run.recompute
-    optimizer = make_optimizer(model, run.optim)
-    start = _open(run, model, optimizer)
-    apart = model.config.attn_config.attn_uses_sequence_id
+    run = Run.make(settings)
+    claim(settings.out, settings.resume)
+    with locked(settings.out):
+        step, damaged = run.restore(settings.out)
+        write_settings(settings.out, settings)
+        keep_freed_memory()
+        with (
+            RunLog(settings.out, settings.steps, step) as log,
+            Writer(settings.out, settings.keep) as writer,
+            stop_after_step() as stop,
+        ):
+            resumed = bool(checkpoints(settings.out))
+            log.event("started", step, resumed=resumed)
+            for path, what in damaged:
+                log.event("damaged", step, path=path.name, what=what)
+                log.say(f"{path} is damaged and passed over: {what}")
+            if not resumed:  # a disk that cannot hold one is found now
+                writer.write(run.snapshot(0))
+                _report(writer, log, insist=True)
+            while step < settings.steps:  # once, and again after each rollback
+                step = _train(settings, run, step, log, writer, stop)
+            _report(writer, log, insist=True)
+            rest = run.model, run.tokenizer, run.heldout, settings.precision
+            measure(log, "final", settings.steps, *rest)
+            save_model(run.model, settings.out / "model", run.tokenizer)
+            log.say(f"model directory: {settings.out / 'model'}")
+    return settings.out / "model"
+
+
+def _train(
+    settings: Pretrain, run: Run, start: int, log: RunLog, writer: Writer, stop: Stop
+) -> int:
+    """Train from a step on; the last step, or the one that the run went back to."""
+    looks = front(run.heldout, settings.heldout_characters)
+    due = False
+    for taken in _steps(settings, run, start):
+        log.step(taken)
+        step, last = taken.step, taken.step == settings.steps
+        if run.guard.must_go_back:
+            _report(writer, log, wait=True)
+            return _go_back(settings.out, run, taken, log)
+        if step % settings.heldout_every == 0 or last:
+            measure(log, "heldout", step, run.model, run.tokenizer, looks, settings.precision)
+            sample(log, step, run.model, run.tokenizer, settings.sample_prompt)
+        due = due or step % settings.save_every == 0
+        # Not while steps are being refused: the weights may be the reason.
+        if (due and not run.guard.refused) or last or stop.by:
+            _report(writer, log, wait=True)
+            writer.write(run.snapshot(step))
+            due = False
+        _report(writer, log)
+        if stop.by and not last:
+            _report(writer, log, insist=True)
+            _leave(stop, step, log)
+    return settings.steps
+
+
+def _steps(settings: Pretrain, run: Run, start: int) -> Iterator[StepLog]:
+    """The training steps after `start`."""
+    n = run.accumulate
     stream = batches(
-        rows,
-        rows_at_once,
-        seed=run.seed,
-        start=start * accumulate,
-        end_of_text=tokenizer.end_of_text if apart else None,
+        run.rows,
+        run.rows_at_once,
+        seed=settings.seed,
+        start=start * n,
+        skipped=[place * n + part for place in run.guard.skipped for part in range(n)],
+        end_of_text=run.end_of_document,
     )
-    training = train_steps(
-        model,
+    return train_steps(
+        run.model,
         stream,
-        optimizer,
-        rates,
-        steps=run.steps,
+        run.optimizer,
+        settings.optim.rates(settings.steps),
+        steps=settings.steps,
         start=start,
-        accumulate=accumulate,
-        clip=run.optim.clip,
-        precision=run.precision,
+        accumulate=n,
+        clip=settings.optim.clip,
+        precision=settings.precision,
+        guard=run.guard,
     )
-    keep_freed_memory()
-    with RunLog(run.out, run.steps, start) as log, _stop_after_step() as stop:
-        for taken in training:
-            log.step(taken)
-            step, last = taken.step, taken.step == run.steps
-            if step % run.heldout_every == 0 or last:
-                _look(run, log, step, model, tokenizer, heldout)
-            if step % run.save_every == 0 or last or stop.is_set():
-                path = save_checkpoint(run.out, step, model, optimizer, tokenizer, run.keep)
-                log.event("saved", step, path=path.name)
-            if stop.is_set() and not last:
-                log.say(f"stopped, saved {path}; go on with the same command and --resume")
-                raise KeyboardInterrupt
-        _measure(run, log, "final", run.steps, model, tokenizer, heldout)
-        save_model(model, run.out / "model", tokenizer)
-        log.say(f"model directory: {run.out / 'model'}")
-    return run.out / "model"
 
 
-def make_optimizer(model: MPT, optim: Optim) -> torch.optim.Optimizer:
-    """Lion or AdamW over the model's weights; only matrices decay."""
-    groups = decay_groups(model, optim.weight_decay)
-    if optim.name == "lion":
-        return Lion(groups, lr=optim.lr, betas=optim.betas)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
+def _go_back(out: Path, run: Run, taken: StepLog, log: RunLog) -> int:
+    """Restore the newest good checkpoint from before the trouble; its step."""
+    safe = run.guard.first_suspect(taken.step) - 1
+    skipped = run.guard.go_back(taken.step)
+    step = run.go_back(out, safe)
+    log.event("rollback", taken.step, to=step, skipped=skipped, reason=taken.refused)
+    log.say(
+        f"step {taken.step:,}  back to step {step:,}, leaving out {len(skipped)} batches: "
+        f"{taken.refused}"
+    )
+    return step
 
 
-def _batch(run: Pretrain, row_tokens: int) -> tuple[int, int]:
-    """Rows at once, and how often they accumulate to a batch."""
-    at_once = run.micro_batch_tokens or run.batch_tokens
-    if at_once % row_tokens:
-        name = "micro_batch_tokens" if run.micro_batch_tokens else "batch_tokens"
-        below = max(row_tokens, at_once - at_once % row_tokens)
-        raise ValueError(
-            f"{name}={at_once} is not a multiple of the {row_tokens} tokens of a row; take {below}"
-        )
-    if run.batch_tokens % at_once:
-        raise ValueError(
-            f"batch_tokens={run.batch_tokens} is not a multiple of "
-            f"micro_batch_tokens={run.micro_batch_tokens}; "
-            f"take {run.batch_tokens - run.batch_tokens % at_once}"
-        )
-    return at_once // row_tokens, run.batch_tokens // at_once
+def _report(writer: Writer, log: RunLog, wait: bool = False, insist: bool = False) -> None:
+    """Log what became of a checkpoint. Without `insist` the run goes on where one failed."""
+    for step, outcome in writer.outcomes(wait or insist):
+        if isinstance(outcome, Path):
+            log.event("saved", step, path=outcome.name)
+            continue
+        log.event("unsaved", step, error=str(outcome))
+        log.say(f"step {step:,}  no checkpoint: {outcome}")
+        if insist:
+            raise outcome
 
 
-def _config(run: Pretrain, tokenizer: Tokenizer, row_tokens: int) -> MPTConfig:
-    config = MPTConfig.named(run.model).replace(**({"max_seq_len": row_tokens} | run.shape))
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {run.data} has {len(tokenizer)} ids, the model only "
-            f"{config.vocab_size}; take a larger vocab_size, or prepare with another tokenizer"
-        )
-    return config
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {name}, but no CUDA device is here; use --device cpu")
-    return torch.device(name)
-
-
-def _open(run: Pretrain, model: MPT, optimizer: torch.optim.Optimizer) -> int:
-    """Make the run directory, or restore what it holds; the steps taken."""
-    started = (run.out / "run.toml").exists()
-    taken = run.out.exists() and any(run.out.iterdir())
-    if taken and not (started and run.resume):
-        way_out = "go on with --resume" if started else "it is not a run"
-        raise FileExistsError(f"{run.out} is not empty; {way_out}, or choose another --out")
-    found = checkpoints(run.out) if taken else []
-    start = load_checkpoint(found[-1], model, optimizer) if found else 0
-    run.out.mkdir(parents=True, exist_ok=True)
-    settings = run.model_dump(mode="json", exclude={"resume"}, exclude_none=True)
-    (run.out / "run.toml").write_text(tomli_w.dumps(settings))
-    return start
-
-
-def _heldout(data: Path) -> dict[str, list[str]]:
-    """The held-out texts of each domain."""
-    files = sorted((data / "heldout").glob("*.arrow"))
-    return {file.stem: datasets.Dataset.from_file(str(file))["text"][:] for file in files}
-
-
-def _look(run, log, step, model, tokenizer, heldout: dict[str, list[str]]) -> None:
-    """Log the bits per byte of the front of each domain, and a sample."""
-    some = {name: _first(texts, run.heldout_characters) for name, texts in heldout.items()}
-    _measure(run, log, "heldout", step, model, tokenizer, some)
-    prompt = run.sample_prompt
-    text = generate(model, tokenizer, prompt, max_new_tokens=48, temperature=0.8)[0]
-    log.sample(step, prompt, text)
-
-
-def _measure(run, log, kind, step, model, tokenizer, heldout: dict[str, list[str]]) -> None:
-    """Log the bits per byte of each domain and of all together."""
-    found = {
-        name: perplexity(model, tokenizer, texts, precision=run.precision)
-        for name, texts in heldout.items()
-    }
-    total = sum(found.values(), start=Prediction(0.0, 0, 0))
-    domains = {name: prediction.bits_per_byte for name, prediction in found.items()}
-    log.heldout(kind, step, total.bits_per_byte, domains)
-
-
-def _first(texts: list[str], n_characters: int) -> list[str]:
-    """Texts from the front, the last one cut, with so many characters in all."""
-    kept = []
-    for text in texts:
-        kept.append(text[:n_characters])
-        n_characters -= len(kept[-1])
-        if n_characters <= 0:
-            break
-    return kept
-
-
-@contextmanager
-def _stop_after_step() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread only
-        return
-
-    def on_interrupt(number, frame):
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
+def _leave(stop: Stop, step: int, log: RunLog) -> None:
+    log.event("stopped", step, by=stop.by.name)
+    message = f"stopped after step {step:,}, saved; go on with the same command and --resume"
+    if stop.by == SIGINT:
+        log.say(message)
+        raise KeyboardInterrupt
+    raise Stopped(message)
