@@ -166,7 +166,7 @@ def damage(path: Path) -> str:
     if not sums.is_file():
         return f"{SUMS} is missing"
     listed = set()
-    for line in sums.read_bytes().decode(errors="replace").splitlines():
+    for line in sums.read_bytes().decode(errors="replace").removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         if not re.fullmatch("[0-9a-f]{64}", digest) or Path(name).name != name:
             return f"{SUMS} is damaged"

@@ -133,7 +133,8 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        if self._terminal:
+            self._bar.stop()
         self._file.close()
 
 

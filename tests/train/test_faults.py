@@ -232,18 +232,19 @@ def test_a_run_that_keeps_diverging_stops_and_says_so(command, tmp_path):
     assert code == 0, said
 
 
-def test_sigterm_saves_and_leaves_with_a_code_of_its_own(command, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_a_code_of_its_own(command, tmp_path, sent, code):
     whole, part = tmp_path / "whole", tmp_path / "part"
     how = {"steps": 100, "save_every": 1000, "heldout_every": 1000}
     process = start(command(part, **how))
     wait_for(lambda: steps_logged(part) > 10, process)
-    process.terminate()
+    process.send_signal(sent)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "go on with the same command and --resume" in said.splitlines()[-1]
+    assert process.returncode == code
+    assert "saved; go on with the same command and --resume" in said.splitlines()[-1]
     assert "Traceback" not in said
-    (stopped,) = [line for line in read_history(part) if line["kind"] == "stopped"]
-    assert stopped["by"] == "SIGTERM"
+    (stopped,) = lines(part, "stopped")
+    assert stopped["by"] == sent.name
     assert checkpoints(part)[-1].name == f"step-{stopped['step']:06d}"
     assert run(command(part, "--resume", **how))[0] == 0
     assert run(command(whole, **how))[0] == 0
@@ -263,7 +264,8 @@ def test_a_supervised_run_is_resumed_after_each_crash(command, tmp_path):
     process = start(command(watched, "--supervise", **how))
     for kill in range(2):
         wait_for(lambda n=kill: len(list(lines(watched, "started"))) > n, process)
-        wait_for(lambda n=steps_logged(watched): steps_logged(watched) > n + 8, process)
+        enough = steps_logged(watched) + 8
+        wait_for(lambda n=enough: steps_logged(watched) > n, process)
         (trainer,) = children(process)
         os.kill(trainer, signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
