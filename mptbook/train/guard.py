@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from mptbook.data.loader import place
 from mptbook.settings import Ended
 
-SMALLEST_SPREAD = 0.01  # of the mean: a loss that hardly moves is not judged on its last digits
+# Of the mean, or of one nat where the mean is less: a loss that hardly moves is not judged on
+# its last digits.
+SMALLEST_SPREAD = 0.01
 
 
 class GuardSettings(BaseModel):
@@ -86,14 +88,22 @@ class Guard:
             return f"the loss is {loss}"
         if not math.isfinite(grad_norm):
             return f"the norm of the gradient is {grad_norm}"
-        if self.settings is None or len(self._losses) < self.settings.window:
-            return ""
-        mean = float(np.mean(self._losses))
-        spread = max(float(np.std(self._losses)), SMALLEST_SPREAD * mean)
-        deviations = (loss - mean) / spread
-        if deviations > self.settings.threshold:
+        deviations = self.deviations(loss)
+        if self.settings is not None and deviations > self.settings.threshold:
+            mean = np.mean(self._losses)
             return f"the loss {loss:.3f} is {deviations:.1f} standard deviations above {mean:.3f}"
         return ""
+
+    def deviations(self, loss: float) -> float:
+        """How far a loss lies above those of the last steps taken, in standard deviations.
+
+        0.0 until `window` steps are taken, and without settings.
+        """
+        if self.settings is None or len(self._losses) < self.settings.window:
+            return 0.0
+        mean = float(np.mean(self._losses))
+        spread = max(float(np.std(self._losses)), SMALLEST_SPREAD * max(mean, 1.0))
+        return (loss - mean) / spread
 
     @property
     def must_go_back(self) -> bool:

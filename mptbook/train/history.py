@@ -61,45 +61,84 @@ def told(line: dict) -> str:
 def plot_history(run: str | Path) -> "Figure":
     """Loss and gradient norm over time, with every decision marked.
 
-    The horizontal axis counts the steps that were computed, those among them that a resume or
-    a rollback undid; what was undone is pale. Refused steps are crosses, rollbacks red lines,
-    resumes green ones, damaged or unsaved checkpoints orange ones.
+    The horizontal axis counts the steps that were computed. Those that a resume or a rollback
+    undid are among them, on a grey ground. Refused steps are crosses; triangles at the upper
+    edge, where what was computed is not finite.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
     history = read_history(run)
     steps = [line for line in history if line["kind"] == "step"]
-    counted = range(1, len(steps) + 1)
-    final = {line["step"]: n for n, line in enumerate(steps)}
-    for axes, name, what in (
-        (above, "loss", "nats per token"),
-        (below, "grad_norm", "norm of the gradient"),
+    for axes, name, what in zip(
+        panels, ("loss", "grad_norm"), ("nats per token", "norm of the gradient"), strict=True
     ):
-        values = [float("nan") if line[name] is None else line[name] for line in steps]
-        kept = [v if final[steps[n]["step"]] == n else float("nan") for n, v in enumerate(values)]
-        axes.plot(counted, values, color="C0", alpha=0.3, lw=0.7)
-        axes.plot(counted, kept, color="C0", lw=0.7)
-        axes.set(ylabel=what, yscale="log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
-    _mark_decisions(above, below, history)
-    below.set_xlabel("steps computed")
+        _draw_steps(axes, name, steps)
+        _mark_decisions(axes, history)
+        _look(axes)
+        axes.set_ylabel(what)
+    panels[1].set_xlabel("steps computed")
+    labelled = {}
+    for axes in panels:
+        labelled |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if labelled:
+        figure.legend(
+            labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False
+        )
     return figure
 
 
-def _mark_decisions(above: "Axes", below: "Axes", history: list[dict]) -> None:
-    colours = {"rollback": "C3", "started": "C2", "damaged": "C1", "unsaved": "C1"}
-    computed = 0
+def _draw_steps(axes: "Axes", name: str, steps: list[dict]) -> None:
+    """The values of taken steps as a line, those of refused ones as marks."""
+    nan = float("nan")
+    values = [nan if line[name] is None or line["refused"] else line[name] for line in steps]
+    axes.plot(range(1, len(steps) + 1), values, color="C0", lw=1)
+    refused = {n: line[name] for n, line in enumerate(steps, 1) if line["refused"]}
+    finite = {n: value for n, value in refused.items() if value is not None}
+    if finite:
+        axes.plot(finite.keys(), finite.values(), "x", color="C3", ms=5, label="refused")
+    others = sorted(refused.keys() - finite.keys())
+    if others:
+        edge = axes.get_xaxis_transform()  # x in steps, y from 0 below to 1 above
+        how = {"color": "C3", "ms": 4, "transform": edge, "label": "refused, not finite"}
+        axes.plot(others, [0.97] * len(others), "^", **how)
+
+
+def _mark_decisions(axes: "Axes", history: list[dict]) -> None:
+    """Lines where the run went back, was resumed or had trouble with a checkpoint."""
+    marks = {
+        "rollback": ("C3", "went back"),
+        "started": ("C2", "resumed"),
+        "damaged": ("C1", "checkpoint damaged or unsaved"),
+        "unsaved": ("C1", "checkpoint damaged or unsaved"),
+    }
+    computed, at = 0, {0: 0}  # of each step, how many had been computed when it was taken
     for line in history:
-        computed += line["kind"] == "step"
-        if line["kind"] in colours and computed > 0:
-            for axes in (above, below):
-                axes.axvline(computed, color=colours[line["kind"]], lw=0.8, ls="--")
-        if line["kind"] == "step" and line["refused"] and line["loss"] is not None:
-            above.plot(computed, line["loss"], "x", color="C3")
+        kind = line["kind"]
+        if kind == "step":
+            computed += 1
+            at[line["step"]] = computed
+        elif kind in marks and computed > 0:
+            colour, label = marks[kind]
+            axes.axvline(computed + 0.5, color=colour, lw=1, ls="--", label=label)
+        if kind in ("rollback", "started") and computed > 0:
+            kept = at[line["to"] if kind == "rollback" else line["step"]]
+            if kept < computed:
+                ground = {"color": "0.88", "lw": 0, "zorder": 0, "label": "undone"}
+                axes.axvspan(kept + 0.5, computed + 0.5, **ground)
+
+
+def _look(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    digits = (1, 2, 5) if high / low > 5 else range(1, 10)
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.spines[["top", "right"]].set_visible(False)

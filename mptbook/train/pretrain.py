@@ -52,9 +52,12 @@ class Pretrain(RunSettings):
     keep: PositiveInt = Field(2, description="checkpoints kept")
     resume: bool = Field(False, description="go on from the newest good checkpoint in --out")
     supervise: bool = Field(
-        False, description="train in a second process, and resume when it crashes"
+        False, description="train in a second process, and resume when it crashes or hangs"
     )
     restarts: NonNegativeInt = Field(8, description="how often --supervise resumes at most")
+    silence: PositiveInt = Field(
+        3600, description="seconds without a line in the log that --supervise takes for a hang"
+    )
 
     @field_validator("shape")
     @classmethod

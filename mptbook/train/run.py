@@ -195,7 +195,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def write_settings(out: Path, settings: "Pretrain") -> None:
     """`run.toml`: with it `mptbook pretrain --config` repeats the run."""
-    how = {"resume", "supervise", "restarts"}
+    how = {"resume", "supervise", "restarts", "silence"}
     text = tomli_w.dumps(settings.model_dump(mode="json", exclude=how, exclude_none=True))
     partial = out / PARTIAL
     partial.write_text(text)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mptbook.train.checkpoint import checkpoints
 from mptbook.train.log import read_history, read_log
+from mptbook.train.supervise import wait
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,11 @@ def with_fault(kind, places):
 
 def steps_logged(out):
     return len(read_log(out, "step")) if (out / "log.jsonl").exists() else 0
+
+
+def lines(out, kind):
+    history = read_history(out) if (out / "log.jsonl").exists() else []
+    return (line for line in history if line["kind"] == kind)
 
 
 def wait_for(condition, process, seconds=120):
@@ -136,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(command, whole, tmp_path,
     code, said = run(command(part, "--resume", save_every=4))
     assert code == 0, said
     assert "step-000012 is damaged and passed over: model.safetensors is not as" in said
-    (line,) = [line for line in read_history(part) if line["kind"] == "damaged"]
+    (line,) = lines(part, "damaged")
     assert (line["path"], line["step"]) == ("step-000012", 8)
     assert (part / "damaged-step-000012").exists()
     assert_same_end(whole, part)
@@ -183,12 +189,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_a_line(command, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_not_applied(command, tmp_path):
     out = tmp_path / "run"
-    code, said = run(command(out, **with_fault("nan", "6")))
+    code, said = run(command(out, save_every=4, **with_fault("nan", "7")))
     assert code == 0, said
-    assert "step 7  not taken: the norm of the gradient is nan" in said
-    lines = read_log(out, "step")
-    assert [line["step"] for line in lines if line["refused"]] == [7]
-    assert lines[6]["grad_norm"] is None
+    assert "step 8  not taken: the norm of the gradient is nan" in said
+    taken = read_log(out, "step")
+    assert [line["step"] for line in taken if line["refused"]] == [8]
+    assert taken[7]["grad_norm"] is None
+    # The checkpoint that was due at step 8 waits until a step is sound again.
+    assert [line["step"] for line in lines(out, "saved")] == [0, 4, 9, 12]
     assert not any(line["kind"] == "rollback" for line in read_history(out))
     for value in load_file(out / "step-000012" / "optimizer.safetensors").values():
         assert value.isfinite().all()
@@ -199,7 +207,7 @@ def test_several_in_a_row_make_the_run_go_back_and_leave_their_batches_out(comma
     how = {"steps": 20, "save_every": 4, "guard.patience": 3, "guard.lead": 1}
     code, said = run(command(out, **how, **with_fault("nan", "9,10,11")))
     assert code == 0, said
-    (line,) = [line for line in read_history(out) if line["kind"] == "rollback"]
+    (line,) = lines(out, "rollback")
     # steps 10, 11 and 12 are refused, 9 is suspect; the checkpoint before that is of step 8
     assert (line["step"], line["to"], line["skipped"]) == (12, 8, [8, 9, 10, 11])
     assert not any(step["refused"] for step in read_log(out, "step"))
@@ -212,7 +220,7 @@ def test_a_poisoned_batch_is_left_out(command, tmp_path):
     how = {"steps": 24, "save_every": 4} | GUARD
     code, said = run(command(out, **how, **with_fault("loss", "14")))
     assert code == 0, said
-    (line,) = [line for line in read_history(out) if line["kind"] == "rollback"]
+    (line,) = lines(out, "rollback")
     assert (line["step"], line["to"], line["skipped"]) == (15, 12, [12, 13, 14])
     assert "standard deviations above" in line["reason"]
     losses = [step["loss"] for step in read_log(out, "step")]
@@ -277,11 +285,6 @@ def test_a_supervised_run_is_resumed_after_each_crash(command, tmp_path):
     assert_same_end(whole, watched)
 
 
-def lines(out, kind):
-    history = read_history(out) if (out / "log.jsonl").exists() else []
-    return (line for line in history if line["kind"] == kind)
-
-
 def test_a_supervisor_passes_sigterm_on(command, tmp_path):
     out = tmp_path / "run"
     process = start(command(out, "--supervise", steps=5000, heldout_every=10_000))
@@ -291,6 +294,43 @@ def test_a_supervisor_passes_sigterm_on(command, tmp_path):
     assert process.returncode == 75
     assert "saved; go on" in said
     assert steps_logged(out) < 5000
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+def test_a_sigterm_that_comes_too_early_ends_a_supervised_run_too(command, tmp_path):
+    # While the process still imports, it can neither save nor say so: the signal kills it.
+    out = tmp_path / "run"
+    process = start(command(out, "--supervise", heldout_every=10_000))
+    wait_for(lambda: children(process), process)
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert steps_logged(out) == 0
+    assert run(command(out, "--resume"))[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
+def test_a_supervised_run_that_hangs_is_killed_and_resumed(command, tmp_path):
+    whole, hung = tmp_path / "whole", tmp_path / "hung"
+    how = {"steps": 100, "save_every": 5, "heldout_every": 1000}
+    process = start(command(hung, "--supervise", silence=6, **how))
+    wait_for(lambda: steps_logged(hung) > 8, process)
+    (trainer,) = children(process)
+    os.kill(trainer, signal.SIGSTOP)  # alive, and not a step further
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "log.jsonl stands still for 6 s: the process is killed" in said
+    assert run(command(whole, **how))[0] == 0
+    assert_same_end(whole, hung)
+
+
+def test_a_process_whose_log_grows_is_left_alone(tmp_path):
+    log = tmp_path / "log.jsonl"
+    grows = "import sys, time\nfor _ in range(20):\n    print(1, flush=True); time.sleep(0.1)"
+    process = subprocess.Popen([sys.executable, "-c", grows], stdout=log.open("w"))
+    assert wait(process, log, silence=1.5) == 0  # though it lives longer than that
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert wait(process, log, silence=0.3) == -signal.SIGKILL
 
 
 def test_two_processes_do_not_write_to_one_run(command, tmp_path):

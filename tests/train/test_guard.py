@@ -49,6 +49,21 @@ def test_losses_that_hardly_move_are_not_judged_on_their_last_digits():
     assert guard_after([2.0] * 4).judge(2.13, 1.0) != ""  # 6 times 1 % of the mean is 0.12
 
 
+def test_a_loss_of_zero_is_given_a_hundredth_of_a_nat():
+    # A few sentences learned by heart have no loss at all in float32.
+    guard = guard_after([0.0] * 4)
+    assert guard.deviations(0.03) == pytest.approx(3)
+    assert guard.judge(0.0, 0.0) == ""
+
+
+def test_a_straight_climb_is_never_refused_however_steep():
+    # A ramp's end lies sqrt(3) of its own deviations above its mean.
+    guard = Guard(GuardSettings(window=50))
+    for loss in range(2, 200):
+        assert guard.deviations(loss) < 2 * math.sqrt(3)
+        assert guard.judge(loss, 1.0) == ""
+
+
 def test_an_infinite_threshold_refuses_no_finite_loss():
     assert guard_after([1, 3, 1, 3], threshold=math.inf).judge(1e30, 1.0) == ""
 

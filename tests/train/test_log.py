@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from mptbook.train.history import decisions, plot_history, told
 from mptbook.train.log import RunLog, read_history, read_log
 from mptbook.train.loop import StepLog
 
@@ -48,51 +47,3 @@ def test_a_stopped_and_resumed_log_counts_each_step_once(tmp_path):
 def test_no_log_is_an_error_that_says_what_a_run_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="a run of mptbook pretrain"):
         read_log(tmp_path, "step")
-
-
-@pytest.fixture
-def eventful(tmp_path):
-    with RunLog(tmp_path, steps=4) as log:
-        log.event("started", 0, resumed=False)
-        log.step(step(1, loss=5.0))
-        log.event("saved", 1, path="step-000001")
-        log.step(step(2, loss=40.0, refused="the loss 40.000 is 7.0 standard deviations above"))
-        log.event("rollback", 2, to=1, skipped=[0, 1], reason="the loss 40.000")
-        log.event("unsaved", 2, error="no room")
-        log.event("stopped", 2, by="SIGTERM")
-        log.event("started", 1, resumed=True)
-        log.event("damaged", 1, path="step-000002", what="SHA256SUMS is missing")
-        log.step(step(2, loss=4.0))
-        log.step(step(3, loss=float("inf"), refused="the loss is inf"))
-    return tmp_path
-
-
-def test_the_decisions_of_a_run_are_told_in_order(eventful):
-    assert [told(line) for line in decisions(eventful)] == [
-        "step 0  started",
-        "step 2  not taken: the loss 40.000 is 7.0 standard deviations above",
-        "step 2  back to step 1, leaving out 2 batches: the loss 40.000",
-        "step 2  no checkpoint: no room",
-        "step 2  stopped by SIGTERM",
-        "step 1  resumed",
-        "step 1  passed over step-000002: SHA256SUMS is missing",
-        "step 3  not taken: the loss is inf",
-    ]
-
-
-def test_the_picture_shows_what_was_undone_and_what_stayed(eventful):
-    above, _ = plot_history(eventful).axes
-    every, kept, *_ = above.get_lines()
-    assert every.get_ydata().tolist()[:3] == [5.0, 40.0, 4.0]
-    assert [y for y in kept.get_ydata() if y == y] == [5.0, 4.0]
-    crosses = [line.get_xydata().tolist() for line in above.get_lines() if line.get_marker() == "x"]
-    assert crosses == [[[2.0, 40.0]]]
-
-
-def test_the_command_tells_and_draws(eventful, tmp_path, capsys):
-    from mptbook.__main__ import main
-
-    picture = tmp_path / "history.png"
-    assert main(["history", str(eventful), "--plot", str(picture)]) == 0
-    assert "back to step 1" in capsys.readouterr().out
-    assert picture.read_bytes().startswith(b"\x89PNG")

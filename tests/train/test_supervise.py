@@ -10,7 +10,7 @@ def supervised(monkeypatch, codes, **changes):
     """Whether each start was told to resume, for processes that end with these codes."""
     told, codes = [], list(codes)
 
-    def run_once(verb, settings, resume):
+    def run_once(verb, settings, child, resume):
         told.append(resume)
         return codes.pop(0)
 
