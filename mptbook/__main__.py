@@ -16,6 +16,8 @@ VERBS = {
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
     "bench positions": ("mptbook.bench.positions", "BenchPositions", "train short, test long"),
+    "bench optimizers": ("mptbook.bench.optimizers", "BenchOptimizers", "a step of Lion and peers"),
+    "bench sweep": ("mptbook.bench.sweep", "BenchSweep", "Lion, AdamW and SGD over a grid"),
 }
 
 

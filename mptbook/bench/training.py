@@ -29,8 +29,9 @@ def train(
     seed: int = 0,
     name: str = "",
     optimizer: torch.optim.Optimizer | None = None,
+    batch_tokens: int | None = None,
 ) -> list[StepLog]:
-    """Train a model in place on batches of the size that `configs/tiny.toml` has.
+    """Train a model in place.
 
     Args:
         rows: their order depends on `seed`.
@@ -38,13 +39,15 @@ def train(
         steps: of the whole training.
         name: what to print it under, now and then; "" prints nothing.
         optimizer: None makes the one that `optim` names.
+        batch_tokens: of a step; None takes what `configs/tiny.toml` has.
 
     Returns:
         The log of each step.
     """
     optim = optim.model_copy(update={"warmup": min(optim.warmup, steps // 10)})
     optimizer = optimizer or make_optimizer(model, optim)
-    stream = batches(rows, tiny_run().batch_tokens // rows.row_tokens, seed=seed)
+    batch_tokens = batch_tokens or tiny_run().batch_tokens
+    stream = batches(rows, batch_tokens // rows.row_tokens, seed=seed)
     logs = []
     for log in train_steps(
         model, stream, optimizer, optim.rates(steps), steps=steps, clip=optim.clip

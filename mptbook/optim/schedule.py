@@ -30,7 +30,8 @@ def schedule(
         decay: part of `steps` in which a trapezoid falls.
 
     Raises:
-        ValueError: if the shape is unknown or the warm-up is longer than the run.
+        ValueError: if the shape is unknown, a number is out of range, or the warm-up is as long
+            as the run.
 
     Sources: Loshchilov and Hutter, arXiv:1608.03983 (cosine); Vaswani et al.,
     arXiv:1706.03762, section 5.3 (inverse square root); Hu et al., arXiv:2404.06395,
@@ -38,8 +39,18 @@ def schedule(
     """
     if shape not in SHAPES:
         raise ValueError(f"schedule is {shape!r}; it must be one of {', '.join(SHAPES)}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}; it must be a finite number and not negative")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a run has at least 1")
     if not 0 <= warmup < steps:
-        raise ValueError(f"warmup is {warmup} steps of {steps}; it must be shorter than the run")
+        raise ValueError(
+            f"warmup is {warmup} steps of {steps}; it must be shorter than the run and not negative"
+        )
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is {floor}; it is a part of lr and must lie in [0, 1]")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}; it is a part of the run and must lie in (0, 1]")
 
     def after_warmup(step: int) -> float:
         progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -50,7 +61,7 @@ def schedule(
         elif shape == "linear":
             fallen = min(1.0, progress)
         else:
-            start = max(warmup, round(steps * (1 - decay)))
+            start = max(warmup, min(steps - 2, round(steps * (1 - decay))))
             fallen = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
         return 1 - (1 - floor) * fallen
 

@@ -43,6 +43,15 @@ def test_the_warm_up_is_shortened_with_the_run():
     assert optim.warmup == 100
 
 
+def test_a_step_takes_as_many_tokens_as_it_is_told():
+    counted = {
+        tokens: train(small_model(), Pattern(), tiny_run().optim, steps=1, batch_tokens=tokens)
+        for tokens in (None, 64)
+    }
+    found = {tokens: logs[0].targets for tokens, logs in counted.items()}
+    assert found == {None: tiny_run().batch_tokens, 64: 64}
+
+
 def test_held_out_ids_are_the_novels_end_to_end():
     tokenizer = Tokenizer.gpt_neox()
     ids = heldout_ids(tokenizer, 300)
