@@ -4,7 +4,6 @@ The same small language model on the same batches, once for each setting and see
 loss on held-out text. Along a grid only the peak learning rate and the weight decay change.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -72,16 +71,16 @@ def optimizer_for(name: str, model: MPT, lr: float, weight_decay: float) -> torc
 def trained_loss(
     name: str, lr: float, weight_decay: float, rows: Rows, ids: Tensor, *, steps: int, seed: int
 ) -> float | None:
-    """Nats per token on `ids` after one training; None where that is no finite number."""
+    """Nats per token on `ids` after one training; None where a step of it was not finite."""
     torch.manual_seed(seed)
     shape = SHAPE | {"vocab_size": VOCABULARY, "max_seq_len": rows.row_tokens}
     model = MPT(MPTConfig.named("mpt-tiny").replace(**shape))
     optimizer = optimizer_for(name, model, lr, weight_decay)
     optim = tiny_run().optim.model_copy(update={"lr": lr})
     how = {"steps": steps, "seed": seed, "batch_tokens": BATCH_TOKENS}
-    train(model, rows, optim, optimizer=optimizer, **how)
-    loss = loss_by_length(model, ids, (rows.row_tokens,))[rows.row_tokens]
-    return loss if math.isfinite(loss) else None
+    if any(log.refused for log in train(model, rows, optim, optimizer=optimizer, **how)):
+        return None
+    return loss_by_length(model, ids, (rows.row_tokens,))[rows.row_tokens]
 
 
 def settings() -> Iterator[tuple[str, float, float]]:

@@ -87,10 +87,17 @@ def train_steps(
         if not refused:
             nn.utils.clip_grads_with_norm_(weights, clip, norm)
             for params in optimizer.param_groups:
-                params["lr"] = lr * params.get("lr_factor", 1.0)
+                _set_rate(params, lr * params.get("lr_factor", 1.0))
             optimizer.step()
         optimizer.zero_grad()
         yield StepLog(step + 1, loss, float(norm), lr, targets, refused)
+
+
+def _set_rate(params: dict, rate: float) -> None:
+    if isinstance(params["lr"], Tensor):  # that a compiled step has seen, and looks at again
+        params["lr"].fill_(rate)
+    else:
+        params["lr"] = rate
 
 
 def sum_of_losses(

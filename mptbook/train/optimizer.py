@@ -25,6 +25,9 @@ class Optim(BaseModel):
     weight_decay: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="of matrices, times lr, per step"
     )
+    decoupled: bool = Field(
+        False, description="decay times lr over its peak, as llm-foundry's Lion: try 1e-4"
+    )
     schedule: Literal["cosine", "linear", "inverse_sqrt", "trapezoid"] = "cosine"
     warmup: NonNegativeInt = Field(100, description="steps of linear rise")
     floor: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
@@ -44,8 +47,14 @@ class Optim(BaseModel):
 
 
 def make_optimizer(model: MPT, optim: Optim) -> torch.optim.Optimizer:
-    """Lion or AdamW over the model's weights; only matrices decay."""
+    """Lion or AdamW over the model's weights; only matrices decay.
+
+    Raises:
+        ValueError: if AdamW is asked for decoupled decay.
+    """
     groups = decay_groups(model, optim.weight_decay)
     if optim.name == "lion":
-        return Lion(groups, lr=optim.lr, betas=optim.betas)
+        return Lion(groups, lr=optim.lr, betas=optim.betas, decoupled=optim.decoupled)
+    if optim.decoupled:
+        raise ValueError("optim.decoupled is a setting of Lion; take optim.name='lion', or drop it")
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
