@@ -15,9 +15,11 @@ VERBS = {
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
+    "bench norms": ("mptbook.bench.norms", "BenchNorms", "norms in full and low precision"),
     "bench positions": ("mptbook.bench.positions", "BenchPositions", "train short, test long"),
     "bench optimizers": ("mptbook.bench.optimizers", "BenchOptimizers", "a step of Lion and peers"),
     "bench sweep": ("mptbook.bench.sweep", "BenchSweep", "Lion, AdamW and SGD over a grid"),
+    "bench precision": ("mptbook.bench.precision", "BenchPrecision", "train with either norm"),
 }
 
 
