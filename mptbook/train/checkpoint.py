@@ -213,8 +213,8 @@ def load_checkpoint(
         then = state["made_with"].get(name)
         if then != value:
             raise ValueError(
-                f"{path} was made with {name}={then} and not {value}; resume with the settings "
-                "in run.toml, or choose another --out"
+                f"{path} was made with {name}={str(then)[:12]} and not {str(value)[:12]}; resume "
+                "with the settings in run.toml, or choose another --out"
             )
     model.load_state_dict(saved.state_dict())
     tensors = load_file(path / "optimizer.safetensors")

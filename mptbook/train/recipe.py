@@ -65,4 +65,7 @@ def _code(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(f"the trained model: {trained() / 'model'}")
+    try:
+        print(f"the trained model: {trained() / 'model'}")
+    except KeyboardInterrupt:  # the run is saved, and the next call goes on with it
+        sys.exit(130)
