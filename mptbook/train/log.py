@@ -1,17 +1,17 @@
 """What a run writes down: one JSON object a line in `log.jsonl`, and lines for people.
 
-Every line has a `kind` and a `step`:
+Every line has a `kind` and a `step`. A `step` line has loss (nats per token), grad_norm, lr,
+targets, seconds since the run began or was resumed, and refused: why the step was not taken, or
+""; what is not finite is null. The others:
 
     started    resumed: whether it goes on from a checkpoint
-    step       loss (nats per token), grad_norm, lr, targets, seconds since the run began or was
-               resumed, refused: why the step was not taken, or ""; what is not finite is null
     rollback   to: the step gone back to, skipped: places of the batches left out, reason
-    heldout    bits_per_byte of the front of each domain's held-out text, over all and by domain
+    heldout    bits_per_byte of the front of each domain's held-out text, and by domains
     sample     prompt, text
-    saved      path of a checkpoint;  unsaved: why it could not be written
-    damaged    path of a checkpoint passed over, and what is wrong with it
+    saved      path of a checkpoint; unsaved: error, why it could not be written
+    damaged    path of a checkpoint passed over, what is wrong with it
     stopped    by: the signal
-    final      bits_per_byte of all held-out text
+    final      bits_per_byte of all held-out text, and by domains
 """
 
 import json
