@@ -9,15 +9,12 @@ import time
 from pathlib import Path
 
 import torch
-from pydantic import Field, PositiveInt
 
-from mptbook.bench.measure import machine, save
 from mptbook.bench.positions import loss_by_length
-from mptbook.bench.training import heldout_ids, tiny_run, train
+from mptbook.bench.training import TrainingBench, heldout_ids, tiny_run, train
 from mptbook.data.loader import Rows
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 
@@ -85,16 +82,8 @@ def compare(data: str | Path, *, steps: int = 1000, seeds: int = 2) -> dict:
     } | found
 
 
-class BenchPrecision(RunSettings):
+class BenchPrecision(TrainingBench):
     """Train with full and with low-precision norms: `mptbook bench precision`."""
 
-    data: Path = Field(description="folder that mptbook prepare wrote")
-    steps: PositiveInt = Field(1000, description="training steps of each")
-    seeds: PositiveInt = Field(2, description="trainings of each")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
-
-    def run(self) -> None:
-        results = {"machine": machine()} | compare(self.data, steps=self.steps, seeds=self.seeds)
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
+    def compare(self) -> dict:
+        return compare(self.data, steps=self.steps, seeds=self.seeds)

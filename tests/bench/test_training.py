@@ -1,6 +1,11 @@
+import importlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from mptbook.__main__ import main
 from mptbook.bench.training import heldout_ids, tiny_run, train
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -59,3 +64,22 @@ def test_held_out_ids_are_the_novels_end_to_end():
     assert torch.equal(ids[:101], heldout_ids(tokenizer, 100))
     with pytest.raises(ValueError, match="ask for fewer than 10000000"):
         heldout_ids(tokenizer, 10_000_000)
+
+
+@pytest.mark.parametrize("name", ["positions", "precision"])
+def test_a_bench_that_trains_writes_what_it_found_and_where(name, tmp_path, monkeypatch):
+    module = importlib.import_module(f"mptbook.bench.{name}")
+    told = {}
+
+    def compare(data, **how):
+        told.update(how, data=data)
+        return {"loss": 1.5}
+
+    monkeypatch.setattr(module, "compare", compare)
+    out = tmp_path / "figures.json"
+    words = ["bench", name, "--data", "rows", "--steps", "7", "--seeds", "3", "--out", str(out)]
+    assert main(words) == 0
+    assert told == {"data": Path("rows"), "steps": 7, "seeds": 3}
+    found = json.loads(out.read_text())
+    assert found["loss"] == 1.5
+    assert found["machine"]["cpu"]
