@@ -20,6 +20,7 @@ VERBS = {
     "bench optimizers": ("mptbook.bench.optimizers", "BenchOptimizers", "a step of Lion and peers"),
     "bench sweep": ("mptbook.bench.sweep", "BenchSweep", "Lion, AdamW and SGD over a grid"),
     "bench precision": ("mptbook.bench.precision", "BenchPrecision", "train with either norm"),
+    "bench speedrun": ("mptbook.bench.speedrun", "BenchSpeedrun", "loss after the same time"),
 }
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 
@@ -7,3 +9,20 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder of a few sentences: rows of 16 tokens, ids below 300."""
+    from mptbook.data.prepare import Prepare, prepare
+    from mptbook.tokenizer.bpe import train_bpe
+
+    folder = tmp_path_factory.mktemp("data")
+    words = "hare ran miles over the hill and far away from here to there".split()
+    texts = [" ".join(words[(n * k) % 13] for k in range(1, 40)) + ".\n" for n in range(200)]
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    train_bpe(texts, 300).save(folder / "tokenizer.json")
+    source = {"hares": str(folder / "texts.jsonl")}
+    tokenizer = str(folder / "tokenizer.json")
+    prepare(Prepare(out=folder / "rows", tokenizer=tokenizer, row_tokens=16, source=source))
+    return folder / "rows"

@@ -1,12 +1,8 @@
-"""A prepared folder of a few sentences, and the command line that trains a tiny model on it."""
+"""The command line that trains a tiny model on the prepared folder `data`."""
 
-import json
 import sys
 
 import pytest
-
-from mptbook.data.prepare import Prepare, prepare
-from mptbook.tokenizer.bpe import train_bpe
 
 SHAPE = {"d_model": 24, "n_heads": 3, "n_layers": 2, "vocab_size": 320, "resid_pdrop": 0.1}
 
@@ -14,19 +10,6 @@ SHAPE = {"d_model": 24, "n_heads": 3, "n_layers": 2, "vocab_size": 320, "resid_p
 @pytest.fixture(scope="session")
 def shape():
     return dict(SHAPE)  # with dropout, so that the random state matters
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = "hare ran miles over the hill and far away from here to there".split()
-    texts = [" ".join(words[(n * k) % 13] for k in range(1, 40)) + ".\n" for n in range(200)]
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
-    train_bpe(texts, 300).save(folder / "tokenizer.json")
-    source = {"hares": str(folder / "texts.jsonl")}
-    tokenizer = str(folder / "tokenizer.json")
-    prepare(Prepare(out=folder / "rows", tokenizer=tokenizer, row_tokens=16, source=source))
-    return folder / "rows"
 
 
 @pytest.fixture(scope="session")
