@@ -20,7 +20,9 @@ from mptbook.model.alibi import alibi_slopes
 from mptbook.model.config import MPTConfig
 from mptbook.model.folding import sdpa
 from mptbook.model.norms import Norm
-from mptbook.model.reference import Backend, eager, reference
+from mptbook.model.reference import Backend, reference
+
+PRODUCTS_TOKENS = 1024  # on CPUs, measured
 
 
 class KeyValueCache(Protocol):
@@ -32,9 +34,6 @@ class KeyValueCache(Protocol):
         One pair for all heads, or G pairs of one head each, which may differ in length; each
         pair is (B, heads, Tk, K) and ends with the keys just given.
         """
-
-
-EAGER_TOKENS = 256  # on CPUs, measured; see `eager` for what it rounds
 
 
 def auto(q, k, v, slopes, *, dropout=0.0, **how) -> Tensor:
@@ -50,24 +49,24 @@ def choose(q: Tensor, k: Tensor, dropout: float = 0.0) -> str:
         return "sdpa"
     if q.device.type == "cuda":
         return "flash" if kernels().can_flash(q) else "sdpa"
-    if k.shape[2] <= EAGER_TOKENS and q.dtype == torch.bfloat16:
-        return "eager"
-    return "sdpa" if dropout or q.shape[2] < 2 or q.dtype == torch.float64 else "horizon"
+    if dropout or q.shape[2] < 2 or q.dtype == torch.float64:
+        return "sdpa"
+    return "products" if k.shape[2] <= PRODUCTS_TOKENS and q.dtype != torch.half else "horizon"
 
 
 def backend(name: str) -> Backend:
-    """The form of attention called `name`, one of `BACKENDS`; `auto` may also take `eager`.
+    """The form of attention called `name`, one of `BACKENDS`.
 
     Those of long rows and of GPUs are imported when they are first asked for.
 
     Raises:
         ValueError: for `flash` without flash-attn, saying what to install.
     """
-    loaded = {"auto": auto, "reference": reference, "sdpa": sdpa, "eager": eager}
+    loaded = {"auto": auto, "reference": reference, "sdpa": sdpa}
     if name in loaded:
         return loaded[name]
-    if name == "horizon":
-        return importlib.import_module("mptbook.model.horizon").horizon
+    if name in ("products", "horizon"):
+        return getattr(importlib.import_module(f"mptbook.model.{name}"), name)
     if name == "flash":
         kernels().require_flash_attn()
     return getattr(kernels(), name)

@@ -8,7 +8,7 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
-BACKENDS = ("auto", "reference", "sdpa", "horizon", "flash", "flex")
+BACKENDS = ("auto", "reference", "sdpa", "products", "horizon", "flash", "flex")
 NORMS = ("layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm")
 
 

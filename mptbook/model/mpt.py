@@ -10,6 +10,8 @@ Dimensions in this file
 Source: MosaicML NLP Team, "Introducing MPT-7B", 2023; parameter names as in its checkpoints.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,10 +176,11 @@ class MPT(nn.Module):
             documents: (B, T) int64, as for `forward`.
 
         Returns:
-            A float32 scalar.
+            A float32 scalar. The logits of all tokens are never in memory at once.
         """
-        logits = self(ids, documents)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        hidden = self.hidden(ids, documents).flatten(0, 1)
+        sum_of_losses = importlib.import_module("mptbook.model.loss").linear_cross_entropy
+        return sum_of_losses(hidden, self.head, targets.flatten(), self.config.logit_factor)
 
     def _positions(self, ids: Tensor, n_keys: int, documents: Tensor | None) -> Tensor:
         """(B or 1, Tq): how many tokens of the same document lie before each token."""

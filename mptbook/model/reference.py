@@ -93,11 +93,9 @@ def visible(
 
 
 def eager(q, k, v, slopes, *, scale, documents=None, windows=None, dropout=0.0) -> Tensor:
-    """As `reference`, but every product and the bias in the dtype of `q`.
+    """As `reference`, but every product and the bias in the dtype of `q`, as is often written.
 
-    On a CPU this is the fastest form for short rows in bfloat16. The bias
-    is rounded as the scores are, to 8 bits; beyond `EAGER_TOKENS`, where the positions
-    themselves no longer fit into 8 bits and neighbours run together, another form is taken.
+    In bfloat16 the bias keeps 8 bits: beyond 256 tokens those of neighbours run together.
     """
     check(q, k, v, slopes, documents, windows)
     k, v = repeat_heads(k, q), repeat_heads(v, q)

@@ -3,15 +3,16 @@ import math
 import pytest
 import torch
 
-from mptbook.model import attention, horizon, windows
+from mptbook.model import attention, horizon, products, windows
 from mptbook.model.alibi import alibi_slopes
 from mptbook.model.attention import Attention, auto, backend, choose, slopes_of
 from mptbook.model.config import BACKENDS, MPTConfig
-from mptbook.model.reference import reference
+from mptbook.model.reference import eager, reference
 
-FORMS = [pytest.param(backend(name), id=name) for name in ("sdpa", "horizon", "eager", "auto")]
+NAMES = ("sdpa", "products", "horizon", "auto")
+FORMS = [eager, *(pytest.param(backend(name), id=name) for name in NAMES)]
 ALL = [reference, *FORMS, pytest.param(backend("flex"), id="flex")]
-DROPPING = [reference, *(pytest.param(backend(name), id=name) for name in ("sdpa", "eager"))]
+DROPPING = [reference, eager, pytest.param(backend("sdpa"), id="sdpa")]
 B, H, K = 2, 6, 10
 WINDOWS = torch.tensor([1, 2, 5, 16, 17, 40])
 
@@ -19,7 +20,8 @@ WINDOWS = torch.tensor([1, 2, 5, 16, 17, 40])
 @pytest.fixture(autouse=True)
 def _what_serves_long_rows_serves_short_ones_too(monkeypatch):
     monkeypatch.setattr(horizon, "HORIZON_TOKENS", 1)
-    monkeypatch.setattr(windows, "BLOCK_QUERIES", 5)  # the last of 17 queries stand in a block of 2
+    for module in (windows, products):
+        monkeypatch.setattr(module, "BLOCK_QUERIES", 5)  # the last of 17 queries in a block of 2
 
 
 def inputs(n_queries, n_keys, dtype=torch.float32, kv_heads=H):
@@ -136,10 +138,11 @@ def test_flex_refuses_a_backward_pass_on_a_cpu():
         backend("flex")(*inputs(4, 17), alibi_slopes(H), scale=0.3)
 
 
-def test_the_folded_bias_holds_beyond_256_positions_in_bfloat16():
+@pytest.mark.parametrize("name", ["sdpa", "products"])
+def test_the_folded_bias_holds_beyond_256_positions_in_bfloat16(name):
     qkv = inputs(601, 601, torch.bfloat16)
     expected = reference(*qkv, alibi_slopes(H), scale=0.3)
-    actual = backend("sdpa")(*qkv, alibi_slopes(H), scale=0.3)
+    actual = backend(name)(*qkv, alibi_slopes(H), scale=0.3)
     # A bias of plain bfloat16 positions misses by a third here.
     late = slice(300, None)
     error = (actual - expected)[:, :, late].norm() / expected[:, :, late].norm()
@@ -194,7 +197,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(form):
     assert out.mean().item() == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["horizon", "flex"])
+@pytest.mark.parametrize("name", ["products", "horizon", "flex"])
 def test_forms_without_dropout_refuse_it(name):
     with pytest.raises(ValueError, match=rf"attn_pdrop is 0.3, and {name} cannot .* sdpa"):
         backend(name)(*inputs(4, 17), alibi_slopes(H), scale=0.3, dropout=0.3)
@@ -203,11 +206,12 @@ def test_forms_without_dropout_refuse_it(name):
 @pytest.mark.parametrize(
     ("expected", "n_queries", "n_keys", "dtype", "dropout"),
     [
-        ("horizon", 17, 17, torch.float32, 0.0),
-        ("horizon", 2, 17, torch.float32, 0.0),
-        ("horizon", 17, 257, torch.bfloat16, 0.0),
-        ("eager", 17, 256, torch.bfloat16, 0.0),
-        ("eager", 1, 17, torch.bfloat16, 0.3),
+        ("products", 17, 17, torch.float32, 0.0),
+        ("products", 2, 1024, torch.bfloat16, 0.0),
+        ("horizon", 2, 1025, torch.float32, 0.0),
+        ("horizon", 17, 1025, torch.bfloat16, 0.0),
+        ("horizon", 17, 17, torch.float16, 0.0),
+        ("sdpa", 1, 17, torch.bfloat16, 0.3),
         ("sdpa", 1, 17, torch.float32, 0.0),
         ("sdpa", 1, 257, torch.bfloat16, 0.0),
         ("sdpa", 17, 17, torch.float32, 0.3),
