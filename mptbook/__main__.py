@@ -21,6 +21,9 @@ VERBS = {
     "bench sweep": ("mptbook.bench.sweep", "BenchSweep", "Lion, AdamW and SGD over a grid"),
     "bench precision": ("mptbook.bench.precision", "BenchPrecision", "train with either norm"),
     "bench speedrun": ("mptbook.bench.speedrun", "BenchSpeedrun", "loss after the same time"),
+    "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
+    "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
+    "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }
 
 

@@ -6,18 +6,23 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-LIBRARIES = ("torch", "transformers", "flash-attn")
+LIBRARIES = ("torch", "transformers", "tokenizers", "flash-attn")
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
-    """Seconds that each function takes, the median of `repeats` rounds.
+    """Seconds that each function takes, the median of `repeats` rounds; see `in_turns`."""
+    return {name: statistics.median(each) for name, each in in_turns(runs, repeats).items()}
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds that each function takes, in each of `repeats` rounds.
 
     Every function is called once before the clock starts. A round then calls each in turn, so
     that what slows the machine for a while slows all of them.
@@ -29,13 +34,31 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+    for turn in range(repeats):
+        for name in rotated(runs, turn):
             start = time.perf_counter()
-            run()
+            runs[name]()
             synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def rotated(names: Iterable[str], turn: int) -> list[str]:
+    """The names in their order, each turn beginning with the next: none is always first."""
+    names = list(names)
+    first = turn % max(1, len(names))
+    return names[first:] + names[:first]
+
+
+def noise(values: list[float]) -> float | None:
+    """Half the distance between the quartiles, over the median; None of a single value.
+
+    Quartiles lie between neighbours, as `statistics.quantiles` has it with "inclusive".
+    """
+    if len(values) < 2:
+        return None
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return (upper - lower) / 2 / median
 
 
 def synchronize() -> None:
@@ -74,18 +97,27 @@ def peak_memory(function: Callable[..., object], *arguments) -> int:
 
 def _report_peak(send, function, arguments) -> None:
     function(*arguments[:-1], 16)  # what libraries load at the first call is not the function's
-    before = _status("VmRSS")
-    _reset_peak()
+    added = added_memory()
     function(*arguments)
-    send.send(_status("VmHWM") - before)
+    send.send(added())
 
 
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def added_memory() -> Callable[[], int]:
+    """A function that says how many bytes this process has added since, at the peak.
+
+    The peak of its resident memory over what is resident now, from Linux's account of it.
+    """
+    before = process_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    return lambda: process_bytes("VmHWM") - before
 
 
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status; VmRSS is what is resident, VmHWM its peak."""
+def process_bytes(name: str) -> int:
+    """Bytes of a line of Linux's /proc/self/status.
+
+    Args:
+        name: VmRSS is what is resident, VmHWM its peak, VmData what was asked for.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024

@@ -85,6 +85,8 @@ def make_model(name: str, config: MPTConfig) -> nn.Module:
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
+                bos_token_id=None,  # the default is an id that these vocabularies do not have
+                eos_token_id=None,
             )
         )
     else:

@@ -7,7 +7,17 @@ import time
 import pytest
 import torch
 
-from mptbook.bench.measure import LIBRARIES, machine, medians, peak_memory, save
+from mptbook.bench.measure import (
+    LIBRARIES,
+    added_memory,
+    in_turns,
+    machine,
+    medians,
+    noise,
+    peak_memory,
+    rotated,
+    save,
+)
 
 
 class Clock:
@@ -38,9 +48,25 @@ def test_the_median_of_the_rounds_counts_and_not_the_first_call(clock):
     assert medians(runs, repeats=3) == {"a": 3, "b": 7.5}
 
 
-def test_every_round_calls_each_in_turn(clock):
-    medians({"a": clock.work("a", *[1] * 4), "b": clock.work("b", *[2] * 4)}, repeats=3)
-    assert "".join(clock.calls) == "abababab"
+def test_every_round_calls_each_once_and_begins_with_another(clock):
+    medians({name: clock.work(name, *[1] * 5) for name in "abc"}, repeats=4)
+    assert "".join(clock.calls) == "abc" + "abc" + "bca" + "cab" + "abc"
+
+
+def test_each_repetition_is_told_and_not_the_first_call(clock):
+    runs = {"a": clock.work("a", 900, 3, 1, 50), "b": clock.work("b", 800, 7, 70, 7.5)}
+    assert in_turns(runs, repeats=3) == {"a": [3, 1, 50], "b": [7, 70, 7.5]}
+
+
+def test_rotation_keeps_the_order():
+    assert rotated("abc", 5) == ["c", "a", "b"]
+    assert rotated([], 5) == []
+
+
+def test_noise_is_half_the_distance_of_the_quartiles_over_the_median():
+    assert noise([10, 100, 30, 20, 0]) == (30 - 10) / 2 / 20
+    assert noise([7.0, 7.0]) == 0
+    assert noise([7.0]) is None
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
@@ -51,6 +77,15 @@ def test_the_peak_of_a_call_is_about_what_it_allocates():
     size = 100_000_000
     # `mul` repeats a byte: as many bytes as its last argument says.
     assert peak_memory(operator.mul, b"x", size) == pytest.approx(size, rel=0.1)
+
+
+@linux
+def test_added_memory_is_a_peak_that_stays_when_memory_is_given_back():
+    added = added_memory()
+    assert added() < 10_000_000
+    held = b"x" * 100_000_000
+    del held
+    assert added() == pytest.approx(100_000_000, rel=0.1)
 
 
 @linux
