@@ -22,6 +22,7 @@ from mptbook.bench.measure import synchronize
 from mptbook.bench.peers import OURS, Peer, make_model
 from mptbook.data.loader import batches
 from mptbook.eval.perplexity import Prediction, perplexity
+from mptbook.model.precision import autocast
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.heldout import front
 from mptbook.train.loop import StepLog, train_steps
@@ -80,7 +81,7 @@ def plain_steps(
     device = next(model.parameters()).device
     for step, (x, y) in enumerate(stream):
         model.train()
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             loss = model.loss(x.to(device), y.to(device)) / y.numel()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)

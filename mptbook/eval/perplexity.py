@@ -7,16 +7,15 @@ Dimensions in this file
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from mptbook.data.corpora import default_domains, load_domain
 from mptbook.data.packing import concatenate_and_cut
 from mptbook.directory import find_directory, load_model
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision, autocast
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -65,7 +64,7 @@ def perplexity(
     *,
     row_tokens: int | None = None,
     batch_rows: int = 16,
-    precision: str = "bf16",
+    precision: Precision = "auto",
 ) -> Prediction:
     """What `texts` cost `model`, read in rows as it was trained.
 
@@ -75,7 +74,7 @@ def perplexity(
     Args:
         row_tokens: T; the model's `max_seq_len` if not given.
         batch_rows: rows at a time.
-        precision: `bf16` computes under autocast, `fp32` does not.
+        precision: of products; see `mptbook.model.precision.autocast`.
 
     Raises:
         ValueError: if there is no text.
@@ -95,7 +94,7 @@ def perplexity(
     targets = 0
     for block in blocks:
         x, y = block[:, :-1].to(device), block[:, 1:].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             nats += float(model.loss(x, y))
         targets += y.numel()
     return Prediction(nats, targets, sum(len(text.encode()) for text in texts))
@@ -110,9 +109,11 @@ class Evaluate(RunSettings):
     source: dict[str, str] = Field(
         {}, description="domain=SOURCE; without any, the default domains (see mptbook corpora)"
     )
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
 
     def run(self) -> None:
+        from mptbook.data.corpora import default_domains, load_domain  # most of a second
+
         model = load_model(self.model)
         tokenizer = Tokenizer.load(find_directory(self.model))
         total = Prediction(0.0, 0, 0)

@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-import datasets
-
 from mptbook.eval.perplexity import Prediction, perplexity
 from mptbook.infer.generate import generate
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.log import RunLog
 
 
 def load_heldout(data: Path) -> dict[str, list[str]]:
     """The held-out texts of each domain of a prepared folder."""
+    import datasets  # takes most of a second
+
     files = sorted((data / "heldout").glob("*.arrow"))
     return {file.stem: datasets.Dataset.from_file(str(file))["text"][:] for file in files}
 
@@ -29,7 +30,7 @@ def measure(
     model: MPT,
     tokenizer: Tokenizer,
     heldout: dict[str, list[str]],
-    precision: str,
+    precision: Precision,
 ) -> None:
     """Log the bits per byte of each domain and of all together."""
     found = {

@@ -4,7 +4,7 @@ Every line has a `kind` and a `step`. A `step` line has loss (nats per token), g
 targets, seconds since the run began or was resumed, and refused: why the step was not taken, or
 ""; what is not finite is null. The others:
 
-    started    resumed: whether it goes on from a checkpoint
+    started    resumed: whether it goes on from a checkpoint, precision: of products
     rollback   to: the step gone back to, skipped: places of the batches left out, reason
     heldout    bits_per_byte of the front of each domain's held-out text, and by domains
     sample     prompt, text

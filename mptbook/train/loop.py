@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mptbook.data.packing import IGNORE
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision, autocast
 from mptbook.train.guard import Guard
 
 
@@ -37,7 +38,7 @@ def train_steps(
     start: int = 0,
     accumulate: int = 1,
     clip: float = 1.0,
-    precision: str = "bf16",
+    precision: Precision = "auto",
     guard: Guard | None = None,
 ) -> Iterator[StepLog]:
     """Train `model`; yield a log after each step.
@@ -56,15 +57,14 @@ def train_steps(
         accumulate: batches per step. Losses are summed and divided by the number of
             targets of the whole step, so short rows do not weigh more than long ones.
         clip: largest gradient norm allowed.
-        precision: `bf16` computes under autocast with float32 weights, `fp32` does not.
+        precision: of products; see `mptbook.model.precision.autocast`.
         guard: refuses steps; None refuses only what is not finite.
 
     Raises:
-        ValueError: if `precision` is neither, or a step has no target at all.
+        ValueError: if `precision` is unknown, or a step has no target at all.
     """
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision is {precision!r}; it must be bf16 or fp32")
     device = next(model.parameters()).device
+    computing = autocast(device, precision)
     guard = guard or Guard()
     for step in range(start, steps):
         model.train()
@@ -74,7 +74,7 @@ def train_steps(
             raise ValueError(f"the batches of step {step + 1} have no target: all are {IGNORE}")
         losses = []
         for x, y, *documents in group:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with computing:
                 loss = sum_of_losses(model, x, y, *documents)
             (loss / targets).backward()
             losses.append(loss.detach())

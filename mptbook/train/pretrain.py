@@ -4,12 +4,12 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGINT
-from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from mptbook.data.loader import batches
 from mptbook.directory import save_model
+from mptbook.model.precision import Precision, resolved
 from mptbook.settings import RunSettings
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.checkpoint import Writer, checkpoints
@@ -40,7 +40,7 @@ class Pretrain(RunSettings):
     optim: Optim = Optim()
     guard: GuardSettings = GuardSettings()
     seed: int = Field(17, description="of the initial weights and the order of the data")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
     recompute: bool = Field(False, description="recompute activations to save memory")
     device: str = Field("auto", description="cpu, cuda, or auto")
     heldout_every: PositiveInt = Field(1000, description="steps between held-out measures")
@@ -104,7 +104,8 @@ def pretrain(settings: Pretrain) -> Path:
             stop_after_step() as stop,
         ):
             resumed = bool(checkpoints(settings.out))
-            log.event("started", step, resumed=resumed)
+            computed_in = resolved(run.device, settings.precision)
+            log.event("started", step, resumed=resumed, precision=computed_in)
             for path, what in damaged:
                 log.event("damaged", step, path=path.name, what=what)
                 log.say(f"{path} is damaged and passed over: {what}")

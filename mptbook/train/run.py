@@ -85,6 +85,10 @@ class Run:
         )
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def end_of_document(self) -> int | None:
         """The token that ends one, where attention keeps documents apart."""
         apart = self.model.config.attn_config.attn_uses_sequence_id
