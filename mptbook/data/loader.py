@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,6 +56,8 @@ class Rows:
 
 def _views(file: Path, width: int) -> list[np.ndarray]:
     """The rows of one Arrow file, without a copy."""
+    import datasets  # takes most of a second, which who only wants a model need not wait
+
     column = datasets.Dataset.from_file(str(file)).data.column("ids")
     return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks if len(chunk)]
 

@@ -138,5 +138,4 @@ class Tokenizer:
         Ids above the vocabulary, which a padded model can produce, have no text; bytes that
         are not UTF-8 become U+FFFD.
         """
-        known = [int(i) for i in ids if int(i) < len(self)]
-        return self.backend.decode(known, skip_special_tokens=False)
+        return self.backend.decode(list(ids), skip_special_tokens=False)
