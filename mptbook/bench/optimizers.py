@@ -41,7 +41,7 @@ def optimizers(weights: list[nn.Parameter], low: list[nn.Parameter]) -> dict[str
         import lion_pytorch
     except ImportError as error:
         raise ValueError(
-            "lion-pytorch is compared and not here; pip install lion-pytorch"
+            "lion-pytorch is compared and not here; pip install 'mptbook[bench]'"
         ) from error
     found = {
         ADAMW: torch.optim.AdamW(weights, lr=LR, weight_decay=DECAY, fused=True),

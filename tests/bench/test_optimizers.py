@@ -36,5 +36,5 @@ def test_state_that_was_never_made_takes_no_bytes():
 
 def test_a_peer_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lion_pytorch", None)
-    with pytest.raises(ValueError, match="pip install lion-pytorch"):
+    with pytest.raises(ValueError, match=r"pip install 'mptbook\[bench\]'"):
         optimizers.optimizers([], [])
