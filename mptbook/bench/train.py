@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from mptbook.bench.workers import Worker
 from mptbook.data.loader import Rows, batches
 from mptbook.data.prepare import Prepare, prepare
 from mptbook.tokenizer.bpe import train_bpe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMES = (OURS, *PEERS)
 PRODUCT = "product"
@@ -41,10 +45,16 @@ class BenchTrain(StepBench):
     row_tokens: list[PositiveInt] = Field([512, 2048], description="tokens of a row, each timed")
     batch_tokens: PositiveInt = Field(4096, description="tokens of a step; rows are as many as fit")
     repeats: int = Field(7, ge=5, description="rounds; the median is taken")
+    figure: Path | None = Field(
+        None, description="where to draw them, .svg, .png or .pdf; needs matplotlib"
+    )
 
     def run(self) -> None:
         rows = {row_tokens: self.rows(row_tokens) for row_tokens in self.row_tokens}
-        results = {"machine": machine(), "settings": self.model_dump(mode="json", exclude={"out"})}
+        results = {
+            "machine": machine(),
+            "settings": self.model_dump(mode="json", exclude={"out", "figure"}),
+        }
         print(
             f"on {results['machine']['cpu']}, {torch.get_num_threads()} threads, {self.precision}"
         )
@@ -56,6 +66,9 @@ class BenchTrain(StepBench):
         if self.out is not None:
             save(results, self.out)
             print(f"\nwritten to {self.out}")
+        if self.figure is not None:
+            plot(results["shapes"]).savefig(self.figure)
+            print(f"drawn to {self.figure}")
 
     def rows(self, row_tokens: int) -> int:
         """How many rows make a step.
@@ -172,6 +185,30 @@ def import_seconds(repeats: int) -> dict[str, dict]:
         one: {"seconds": each, "median_seconds": statistics.median(each), "noise": noise(each)}
         for one, each in seconds.items()
     }
+
+
+def plot(shapes: list[dict]) -> "Figure":
+    """Milliseconds of a step of each contestant, with the quartiles of their repetitions.
+
+    A mark says how long its products would take at the speed of the large product.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.4 + 1.5 * len(shapes)), layout="constrained")
+    for shape, axes in zip(shapes, figure.subplots(len(shapes), squeeze=False)[:, 0], strict=True):
+        peak = shape["product"]["flops_per_second"]
+        for place, found in enumerate(shape["contestants"].values()):
+            ms, spread = found["median_seconds"] * 1e3, found["noise"] * found["median_seconds"]
+            colour = "C0" if place == 0 else "0.6"
+            axes.barh(place, ms, xerr=spread * 1e3, color=colour, ecolor="C3")
+            least = ms * found["flops_per_second"] / peak
+            axes.plot([least, least], [place - 0.4, place + 0.4], color="k", lw=2)
+        axes.set_yticks(range(len(shape["contestants"])), shape["contestants"])
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{shape['rows']} rows of {shape['row_tokens']:,} tokens", fontsize="medium")
+    axes.set_xlabel("ms a step; black: its products at the speed of one large product")
+    return figure
 
 
 def show(shape: dict) -> None:

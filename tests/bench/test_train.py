@@ -6,7 +6,15 @@ import torch
 
 from mptbook.bench import steps, train
 from mptbook.bench.steps import Step
-from mptbook.bench.train import NAMES, PRODUCT, WARM_STEPS, BenchTrain, prepared_batches, product
+from mptbook.bench.train import (
+    NAMES,
+    PRODUCT,
+    WARM_STEPS,
+    BenchTrain,
+    plot,
+    prepared_batches,
+    product,
+)
 
 TINY = {"d_model": 48, "n_layers": 2, "n_heads": 3, "vocab_size": 37}
 SETTINGS = TINY | {"row_tokens": [17], "batch_tokens": 51, "repeats": 5}
@@ -117,3 +125,21 @@ def test_rows_that_do_not_make_a_step_are_refused():
         with pytest.raises(ValueError, match=f"batch_tokens=51 is not .* take {way_out}"):
             BenchTrain(**SETTINGS | {"row_tokens": [17, tokens]}).run()
     assert not Here.turns  # before any work
+
+
+def test_the_figure_has_the_milliseconds_and_the_least_that_the_products_need(tmp_path):
+    contestant = {"median_seconds": 0.2, "noise": 0.05, "flops_per_second": 3e11}
+    shape = {
+        "row_tokens": 17,
+        "rows": 3,
+        "product": {"flops_per_second": 4e11},
+        "contestants": {"one": contestant, "other": contestant | {"median_seconds": 0.5}},
+    }
+    figure = plot([shape, shape])
+    figure.savefig(tmp_path / "steps.svg")
+    assert (tmp_path / "steps.svg").stat().st_size > 1000
+    for axes in figure.axes:
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx([200, 500])
+        marks = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+        assert [150, 150] in [pytest.approx(mark) for mark in marks]
+        assert [375, 375] in [pytest.approx(mark) for mark in marks]
