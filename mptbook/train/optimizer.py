@@ -25,6 +25,9 @@ class Optim(BaseModel):
     weight_decay: float = Field(
         0.1, ge=0, allow_inf_nan=False, description="of matrices, times lr, per step"
     )
+    embedding_lr: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of embeddings, times lr"
+    )
     decoupled: bool = Field(
         False, description="decay times lr over its peak, as llm-foundry's Lion: try 1e-4"
     )
@@ -52,7 +55,9 @@ def make_optimizer(model: MPT, optim: Optim) -> torch.optim.Optimizer:
     Raises:
         ValueError: if AdamW is asked for decoupled decay.
     """
-    groups = decay_groups(model, optim.weight_decay)
+    groups = decay_groups(model, optim.weight_decay, optim.embedding_lr)
+    for group in groups:  # `decoupled` measures a rate against the first that it sees
+        group["lr"] = optim.lr * group.get("lr_factor", 1.0)
     if optim.name == "lion":
         return Lion(groups, lr=optim.lr, betas=optim.betas, decoupled=optim.decoupled)
     if optim.decoupled:

@@ -29,6 +29,18 @@ def test_lion_decays_as_the_settings_say(decoupled):
     weight.data.copy_(before)
 
 
+@pytest.mark.parametrize("name", ["lion", "adamw"])
+def test_embeddings_may_have_a_rate_of_their_own(name):
+    optim = Optim(name=name, lr=0.5, weight_decay=0.1, embedding_lr=3.0)
+    matrices, embeddings, vectors = make_optimizer(MODEL, optim).param_groups
+    (table,) = embeddings["params"]
+    assert table is MODEL.transformer.wte.weight
+    assert (embeddings["lr"], embeddings["lr_factor"], embeddings["weight_decay"]) == (1.5, 3, 0.1)
+    assert (matrices["lr"], vectors["lr"], vectors["weight_decay"]) == (0.5, 0.5, 0)
+    names = [w for group in (matrices, embeddings, vectors) for w in group["params"]]
+    assert {id(w) for w in names} == {id(w) for w in MODEL.parameters()}
+
+
 def test_adamw_has_no_decay_apart_from_its_rate():
     assert isinstance(make_optimizer(MODEL, Optim(name="adamw")), torch.optim.AdamW)
     with pytest.raises(ValueError, match=r"optim\.decoupled is a setting of Lion"):
