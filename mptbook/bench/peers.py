@@ -6,11 +6,16 @@ Dimensions in this file
     V   vocabulary
 """
 
+from collections.abc import Callable, Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision, autocast
+from mptbook.train.loop import StepLog
 
 OURS = "mptbook"
 MPT_PEER, LLAMA, GPT2 = "transformers' MPT", "transformers' LLaMA", "transformers' GPT-2"
@@ -46,49 +51,60 @@ def make_model(name: str, config: MPTConfig) -> nn.Module:
     """
     if name == OURS:
         return MPT(config)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, fields = _fields(name, config)
+    settings = AutoConfig.for_model(kind, vocab_size=config.vocab_size, **fields)
+    return Peer(AutoModelForCausalLM.from_config(settings), config)
+
+
+def _fields(name: str, config: MPTConfig) -> tuple[str, dict]:
+    """transformers' name of a peer's kind, and the fields that give it the shape of `config`."""
+    more: dict = {}
     if name == MPT_PEER:
-        from transformers import MptConfig, MptForCausalLM
-
-        peer = MptForCausalLM(
-            MptConfig(
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                n_layers=config.n_layers,
-                vocab_size=config.vocab_size,
-                max_seq_len=config.max_seq_len,
-            )
-        )
+        kind, names = "mpt", ("d_model", "n_heads", "n_layers", "max_seq_len")
     elif name == LLAMA:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        peer = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=config.d_model,
-                intermediate_size=8 * round(config.d_model / 3),
-                num_attention_heads=config.n_heads,
-                num_hidden_layers=config.n_layers,
-                vocab_size=config.vocab_size,
-                max_position_embeddings=config.max_seq_len,
-                tie_word_embeddings=True,
-            )
-        )
+        kind = "llama"
+        names = "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"
+        more = {"intermediate_size": 8 * round(config.d_model / 3), "tie_word_embeddings": True}
     elif name == GPT2:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        peer = GPT2LMHeadModel(
-            GPT2Config(
-                n_embd=config.d_model,
-                n_head=config.n_heads,
-                n_layer=config.n_layers,
-                vocab_size=config.vocab_size,
-                n_positions=config.max_seq_len,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=None,  # the default is an id that these vocabularies do not have
-                eos_token_id=None,
-            )
-        )
+        kind, names = "gpt2", ("n_embd", "n_head", "n_layer", "n_positions")
+        more = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        more |= {"bos_token_id": None, "eos_token_id": None}  # by default outside the vocabulary
     else:
         raise ValueError(f"{name!r} is not a contestant; there are {', '.join((OURS, *PEERS))}")
-    return Peer(peer, config)
+    shape = config.d_model, config.n_heads, config.n_layers, config.max_seq_len
+    return kind, more | dict(zip(names, shape, strict=True))
+
+
+def plain_steps(
+    model: Peer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    *,
+    clip: float,
+    precision: Precision = "auto",
+) -> Iterator[StepLog]:
+    """Train as a short program of a user's own would; yield a log after each step.
+
+    Args:
+        batches: (inputs, targets), int64 (B, T) each.
+        schedule: learning rate for a step number, counted from 0.
+        clip: largest gradient norm allowed.
+        precision: of products.
+    """
+    device = next(model.parameters()).device
+    computing = autocast(device, precision)
+    for step, (x, y) in enumerate(batches):
+        model.train()
+        with computing:
+            loss = model.loss(x.to(device), y.to(device)) / y.numel()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        lr = schedule(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        yield StepLog(step + 1, loss.item(), norm.item(), lr, y.numel())

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
 
 from mptbook.bench.measure import synchronize
-from mptbook.bench.peers import OURS, Peer, make_model
+from mptbook.bench.peers import OURS, make_model, plain_steps
 from mptbook.data.loader import batches
 from mptbook.eval.perplexity import Prediction, perplexity
-from mptbook.model.precision import autocast
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.heldout import front
 from mptbook.train.loop import StepLog, train_steps
@@ -64,35 +62,6 @@ def scheduled(settings: Pretrain) -> Optim:
     return settings.optim.model_copy(update={"warmup": warmup})
 
 
-def plain_steps(
-    model: Peer,
-    stream: Iterator[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], float],
-    clip: float,
-) -> Iterator[StepLog]:
-    """Train without an end as a short program of its own would; yield a log after each step.
-
-    Args:
-        stream: (inputs, targets), int64 (B, T) each.
-        schedule: learning rate for a step number, counted from 0.
-        clip: largest gradient norm allowed.
-    """
-    device = next(model.parameters()).device
-    for step, (x, y) in enumerate(stream):
-        model.train()
-        with autocast(device):
-            loss = model.loss(x.to(device), y.to(device)) / y.numel()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        lr = schedule(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        yield StepLog(step + 1, loss.item(), norm.item(), lr, y.numel())
-
-
 class Racer:
     """The model of an entry on its way; what it is asked is the name of a method.
 
@@ -117,8 +86,7 @@ class Racer:
             self._logs = self._by_recipe(run, settings)
         else:
             torch.manual_seed(settings.seed)
-            device = next(run.model.parameters()).device
-            self.model = make_model(entry.contestant, run.model.config).to(device)
+            self.model = make_model(entry.contestant, run.model.config).to(run.device)
             self.optimizer = make_optimizer(self.model, optim)
             n_rows = settings.batch_tokens // run.rows.row_tokens
             stream = batches(run.rows, n_rows, seed=settings.seed)

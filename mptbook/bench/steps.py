@@ -14,15 +14,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from mptbook.bench.measure import added_memory, noise, process_bytes
-from mptbook.bench.peers import OURS, make_model
+from mptbook.bench.peers import OURS, make_model, plain_steps
 from mptbook.model.config import MPTConfig
+from mptbook.model.precision import Precision, resolved
 from mptbook.settings import RunSettings
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.loop import train_steps
@@ -49,10 +50,15 @@ class StepBench(RunSettings):
     n_layers: PositiveInt = Field(6, description="their blocks")
     n_heads: PositiveInt = Field(6, description="heads of a block")
     vocab_size: PositiveInt = Field(8192, description="ids")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: autocast for all; fp32: without, for CPUs that have no bfloat16"
+    precision: Precision = Field(
+        "auto", description="for all; auto: bf16 where the processor has units for it"
     )
     out: Path | None = Field(None, description="where to write the figures as JSON")
+
+    @field_validator("precision")
+    @classmethod
+    def _resolved(cls, precision: Precision) -> Precision:
+        return resolved(torch.device("cpu"), precision)  # what the figures are recorded with
 
     def config(self, row_tokens: int) -> MPTConfig:
         """The shape of all models, for rows of `row_tokens`."""
@@ -97,16 +103,12 @@ def our_losses(model: nn.Module, batches: Iterator, precision: str) -> Iterator[
 
 
 def plain_losses(model: nn.Module, batches: Iterator, precision: str) -> Iterator[float]:
-    """Train in a plain loop with fused AdamW; the loss of each step."""
+    """Train in a plain loop with fused AdamW at its default rate; the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for inputs, targets in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model.loss(inputs, targets) / targets.numel()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield float(loss.detach())
+    rate = optimizer.defaults["lr"]
+    logs = plain_steps(model, batches, optimizer, lambda step: rate, clip=CLIP, precision=precision)
+    for log in logs:
+        yield log.loss
 
 
 def contestant(
@@ -120,7 +122,7 @@ def contestant(
     Args:
         name: of `mptbook.bench.peers`.
         rows: B; T is the `max_seq_len` of `config`.
-        precision: `bf16` or `fp32`.
+        precision: of products, for all.
         memory_gb: the most that model, optimizer and steps may take, in 10^9 bytes.
     """
     next(losses(name, make_model(name, SMALL), 1, precision))

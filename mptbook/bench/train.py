@@ -6,6 +6,7 @@ second are what the machine can do when nothing else is asked. Memory is Linux's
 process.
 """
 
+import math
 import statistics
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class BenchTrain(StepBench):
         if rest or not rows:
             raise ValueError(
                 f"batch_tokens={self.batch_tokens} is not a multiple of the {row_tokens} tokens "
-                f"of a row; take {max(1, rows) * row_tokens}"
+                f"of a row; take a multiple of {math.lcm(*self.row_tokens)}"
             )
         return rows
 

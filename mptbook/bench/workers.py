@@ -4,6 +4,7 @@ What one of them does to its process (its allocator, its memory) does not reach 
 they can take turns within one run, so that what slows the machine for a while slows all.
 """
 
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -47,8 +48,9 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is doing."""
         self._line.close()
+        self._process.terminate()
         self._process.join()
 
     def __enter__(self) -> Self:
@@ -60,6 +62,7 @@ class Worker:
 
 def _serve(line, make: Callable[..., Callable], arguments: tuple) -> None:
     """Answer until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     answer = None
     while True:
         try:

@@ -56,7 +56,7 @@ class Rows:
 
 def _views(file: Path, width: int) -> list[np.ndarray]:
     """The rows of one Arrow file, without a copy."""
-    import datasets  # takes most of a second, which who only wants a model need not wait
+    import datasets  # takes most of a second, for which a model alone need not wait
 
     column = datasets.Dataset.from_file(str(file)).data.column("ids")
     return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks if len(chunk)]

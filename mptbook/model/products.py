@@ -83,8 +83,9 @@ class Products(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         grad_out, width = grad_out.flatten(0, 1), v.shape[2]
         grad_q = torch.empty_like(grad_out)
-        # Blocks share keys, so their parts are added up, in float32.
-        grad_k, grad_v = (torch.zeros_like(v, dtype=torch.float32) for _ in range(2))
+        # Blocks share keys, so their parts are added up, in float32 or wider.
+        wide = torch.promote_types(v.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros_like(v, dtype=wide) for _ in range(2))
         for (rows, keys), weight in zip(blocks(q.shape[1], k.shape[1]), weights, strict=True):
             grad = grad_out[:, rows]
             grad_v[:, keys] += weight.mT @ grad

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mptbook.bench import racer
-from mptbook.bench.peers import GPT2, LLAMA, MPT_PEER, OURS, PEERS, make_model
-from mptbook.bench.racer import Entry, Racer, peer_optim, plain_steps, scheduled, start_racer
+from mptbook.bench.peers import GPT2, LLAMA, MPT_PEER, OURS, PEERS, make_model, plain_steps
+from mptbook.bench.racer import Entry, Racer, peer_optim, scheduled, start_racer
 from mptbook.data.loader import Rows, batches, row_numbers
 from mptbook.eval.perplexity import Prediction, perplexity
 from mptbook.model.config import MPTConfig

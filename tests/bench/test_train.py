@@ -121,8 +121,8 @@ def test_prepared_rows_are_batches_of_the_shape_asked_for(tmp_path):
 
 
 def test_rows_that_do_not_make_a_step_are_refused():
-    for tokens, way_out in ((20, 40), (52, 52)):
-        with pytest.raises(ValueError, match=f"batch_tokens=51 is not .* take {way_out}"):
+    for tokens, way_out in ((20, 340), (52, 884)):
+        with pytest.raises(ValueError, match=f"batch_tokens=51 is not .* multiple of {way_out}"):
             BenchTrain(**SETTINGS | {"row_tokens": [17, tokens]}).run()
     assert not Here.turns  # before any work
 

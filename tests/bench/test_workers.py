@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 
 import pytest
 
@@ -40,3 +42,14 @@ def test_what_cannot_be_made_is_an_error_each_time():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="unmade: MemoryError: no room"):
                 worker.ask()
+
+
+def sleeper():
+    return lambda: time.sleep(600)
+
+
+def test_leaving_ends_a_process_at_work():
+    worker = Worker("sleeper", sleeper)
+    worker._line.send(())  # a question whose answer nobody waits for
+    worker.close()
+    assert worker._process.exitcode == -signal.SIGTERM

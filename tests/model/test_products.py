@@ -20,3 +20,11 @@ def test_more_keys_than_two_numbers_of_eight_bits_can_count_are_refused():
     q, k = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 65_537, 8)
     with pytest.raises(ValueError, match=r"65,537 keys, but products takes 65,536; use sdpa"):
         products(q, k, k, alibi_slopes(1), scale=1.0)
+
+
+def test_the_gradients_are_the_derivatives(monkeypatch):
+    monkeypatch.setattr("mptbook.model.products.BLOCK_QUERIES", 3)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    how = {"scale": 0.3, "windows": torch.tensor([2, 7])}
+    assert torch.autograd.gradcheck(lambda *qkv: products(*qkv, alibi_slopes(2), **how), (q, k, v))
