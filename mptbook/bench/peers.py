@@ -51,24 +51,28 @@ def make_model(name: str, config: MPTConfig) -> nn.Module:
     """
     if name == OURS:
         return MPT(config)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     kind, fields = _fields(name, config)
-    settings = AutoConfig.for_model(kind, vocab_size=config.vocab_size, **fields)
-    return Peer(AutoModelForCausalLM.from_config(settings), config)
+    return Peer(kind(kind.config_class(vocab_size=config.vocab_size, **fields)), config)
 
 
-def _fields(name: str, config: MPTConfig) -> tuple[str, dict]:
-    """transformers' name of a peer's kind, and the fields that give it the shape of `config`."""
+def _fields(name: str, config: MPTConfig) -> tuple[type[nn.Module], dict]:
+    """transformers' class for a peer, and the fields that give it the shape of `config`.
+
+    Not by AutoModelForCausalLM: that one gives mptbook's own once mptbook.hf is imported.
+    """
+    import transformers
+
     more: dict = {}
     if name == MPT_PEER:
-        kind, names = "mpt", ("d_model", "n_heads", "n_layers", "max_seq_len")
+        kind = transformers.MptForCausalLM
+        names = "d_model", "n_heads", "n_layers", "max_seq_len"
     elif name == LLAMA:
-        kind = "llama"
+        kind = transformers.LlamaForCausalLM
         names = "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"
         more = {"intermediate_size": 8 * round(config.d_model / 3), "tie_word_embeddings": True}
     elif name == GPT2:
-        kind, names = "gpt2", ("n_embd", "n_head", "n_layer", "n_positions")
+        kind = transformers.GPT2LMHeadModel
+        names = "n_embd", "n_head", "n_layer", "n_positions"
         more = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         more |= {"bos_token_id": None, "eos_token_id": None}  # by default outside the vocabulary
     else:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mptbook.bench.peers import GPT2, LLAMA, OURS, PEERS, make_model
+from mptbook.bench.peers import GPT2, LLAMA, MPT_PEER, OURS, PEERS, make_model
 from mptbook.model.config import MPTConfig
 
 CONFIG = MPTConfig(d_model=48, n_heads=3, n_layers=2, vocab_size=37, max_seq_len=16)
@@ -44,6 +44,12 @@ def test_the_peers_have_the_size_of_mptbooks_model():
         elif name == LLAMA:
             assert CONFIG.d_model * 8 % 3 == 0  # so that no rounding of the MLP is to be seen
         assert n_parameters(make_model(name, CONFIG)) == ours + extra
+
+
+def test_the_peer_is_transformers_mpt_also_where_mptbooks_own_stands_in_auto_classes():
+    import mptbook.hf  # noqa: F401  # registers its class for "mpt"
+
+    assert type(make_model(MPT_PEER, CONFIG).model).__module__.startswith("transformers.")
 
 
 def test_an_unknown_contestant_is_refused():
