@@ -106,14 +106,15 @@ class MPTConfig:
         return cls(**NAMED[name])
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values; fields of `attn_config` may be given by their own name."""
-        own, inner = ({f.name for f in fields(kind)} for kind in (self, self.attn_config))
-        for key in changes:
-            if key not in own | inner:
-                raise ValueError(_unknown(key, own | inner))
-        attn = {key: changes.pop(key) for key in list(changes) if key not in own}
-        if attn:
-            changes["attn_config"] = replace(changes.get("attn_config", self.attn_config), **attn)
+        """A copy with other values; fields of its parts may be given by their own name."""
+        own, parts = {f.name for f in fields(self)}, ("attn_config", "init_config")
+        home = {f.name: part for part in parts for f in fields(getattr(self, part))}
+        for key in list(changes):
+            if part := home.get(key):
+                inner = changes.get(part, getattr(self, part))
+                changes[part] = replace(inner, **{key: changes.pop(key)})
+            elif key not in own:
+                raise ValueError(_unknown(key, own | home.keys()))
         return replace(self, **changes)
 
     @classmethod

@@ -38,11 +38,9 @@ def fill(config: InitConfig, d_model: int) -> Callable[[Tensor], object]:
 
 
 def residual_divisor(config: InitConfig, n_layers: int) -> float:
-    """By what the layers that write into the residual stream are divided."""
-    if config.init_div_is_residual is False:
-        return 1.0
+    """By what the layers that write into the residual stream are divided; False and 0: by 1."""
     if config.init_div_is_residual is not True:
-        return float(config.init_div_is_residual)
+        return float(config.init_div_is_residual or 1)
     if config.name == "neox_init_":
         return n_layers / math.sqrt(10)
     return math.sqrt(2 * n_layers)

@@ -28,6 +28,9 @@ class Optim(BaseModel):
     embedding_lr: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="of embeddings, times lr"
     )
+    vector_lr: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="of norms' weights and biases, times lr"
+    )
     decoupled: bool = Field(
         False, description="decay times lr over its peak, as llm-foundry's Lion: try 1e-4"
     )
@@ -55,7 +58,7 @@ def make_optimizer(model: MPT, optim: Optim) -> torch.optim.Optimizer:
     Raises:
         ValueError: if AdamW is asked for decoupled decay.
     """
-    groups = decay_groups(model, optim.weight_decay, optim.embedding_lr)
+    groups = decay_groups(model, optim.weight_decay, optim.embedding_lr, optim.vector_lr)
     for group in groups:  # `decoupled` measures a rate against the first that it sees
         group["lr"] = optim.lr * group.get("lr_factor", 1.0)
     if optim.name == "lion":

@@ -16,8 +16,9 @@ def test_lion_decays_as_the_settings_say(decoupled):
     optim = Optim(lr=0.5, weight_decay=0.1, betas=(0.8, 0.9), decoupled=decoupled)
     optimizer = make_optimizer(MODEL, optim)
     assert isinstance(optimizer, Lion)
-    matrices, vectors = optimizer.param_groups
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    matrices, embeddings, vectors = optimizer.param_groups
+    decays = [group["weight_decay"] for group in (matrices, embeddings, vectors)]
+    assert decays == [0.1, 0.1, 0.0]
     assert matrices["betas"] == (0.8, 0.9)
     weight = MODEL.transformer.blocks[0].attn.Wqkv.weight
     before = weight.detach().clone()
@@ -30,13 +31,15 @@ def test_lion_decays_as_the_settings_say(decoupled):
 
 
 @pytest.mark.parametrize("name", ["lion", "adamw"])
-def test_embeddings_may_have_a_rate_of_their_own(name):
-    optim = Optim(name=name, lr=0.5, weight_decay=0.1, embedding_lr=3.0)
+def test_embeddings_and_vectors_may_have_rates_of_their_own(name):
+    optim = Optim(name=name, lr=0.5, weight_decay=0.1, embedding_lr=3.0, vector_lr=8.0)
     matrices, embeddings, vectors = make_optimizer(MODEL, optim).param_groups
     (table,) = embeddings["params"]
     assert table is MODEL.transformer.wte.weight
     assert (embeddings["lr"], embeddings["lr_factor"], embeddings["weight_decay"]) == (1.5, 3, 0.1)
-    assert (matrices["lr"], vectors["lr"], vectors["weight_decay"]) == (0.5, 0.5, 0)
+    assert (vectors["lr"], vectors["lr_factor"], vectors["weight_decay"]) == (4.0, 8, 0)
+    assert (matrices["lr"], matrices.get("lr_factor")) == (0.5, None)
+    assert [w.dim() for w in vectors["params"]] == [1, 1, 1]
     names = [w for group in (matrices, embeddings, vectors) for w in group["params"]]
     assert {id(w) for w in names} == {id(w) for w in MODEL.parameters()}
 
