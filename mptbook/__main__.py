@@ -20,6 +20,7 @@ VERBS = {
     "bench optimizers": ("mptbook.bench.optimizers", "BenchOptimizers", "a step of Lion and peers"),
     "bench sweep": ("mptbook.bench.sweep", "BenchSweep", "Lion, AdamW and SGD over a grid"),
     "bench precision": ("mptbook.bench.precision", "BenchPrecision", "train with either norm"),
+    "bench recipe": ("mptbook.bench.recipe", "BenchRecipe", "parts of mpt-tiny's recipe left out"),
     "bench speedrun": ("mptbook.bench.speedrun", "BenchSpeedrun", "loss after the same time"),
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
