@@ -136,9 +136,10 @@ def test_the_plain_loop_takes_the_steps_of_train_steps(data, contestant):
 @pytest.mark.parametrize("contestant", PEERS)
 def test_a_peer_is_trained_by_adamw_whose_matrices_decay(recipe, contestant):
     groups = make(recipe, contestant).optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
     assert all(group["betas"] == (0.9, 0.95) and group["fused"] for group in groups)
-    assert all(weight.dim() == 1 for weight in groups[1]["params"])
+    assert all(group.get("lr_factor", 1) == 1 for group in groups)
+    assert all(weight.dim() == 1 for weight in groups[2]["params"])
 
 
 def test_contestants_of_one_kind_begin_with_the_same_weights(recipe):
