@@ -30,8 +30,8 @@ class Pattern:
 def test_each_optimizer_has_the_rate_and_decays_matrices_only(name):
     optimizer = optimizer_for(name, MPT(CONFIG), 0.5, 0.25)
     assert type(optimizer) is KINDS[name]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.25, 0.0]
 
 
 def test_an_unknown_optimizer_is_refused():
