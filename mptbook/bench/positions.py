@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mptbook.bench.training import TrainingBench, heldout_ids, tiny_run, train
+from mptbook.bench.training import TrainingBench, heldout_ids, tiny_config, tiny_run, train
 from mptbook.data.loader import Rows
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -87,7 +87,7 @@ def rotating(backend):
 def train_with(positions: str, rows: Rows, steps: int, seed: int = 0) -> MPT:
     """A model of the shape of mpt-tiny trained on `rows`, as `configs/tiny.toml` says."""
     torch.manual_seed(seed)
-    model = model_with(positions, MPTConfig.named("mpt-tiny").replace(max_seq_len=rows.row_tokens))
+    model = model_with(positions, tiny_config(rows))
     train(model, rows, tiny_run().optim, steps=steps, seed=seed, name=positions)
     return model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mptbook.bench.positions import loss_by_length
-from mptbook.bench.training import TrainingBench, heldout_ids, tiny_run, train
+from mptbook.bench.training import TrainingBench, heldout_ids, tiny_config, tiny_run, train
 from mptbook.data.loader import Rows
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -60,7 +60,7 @@ def compare(data: str | Path, *, steps: int = 1000, seeds: int = 2) -> dict:
     keep_freed_memory()
     rows = Rows(data)
     ids = heldout_ids(Tokenizer.load(rows.folder), HELDOUT_TOKENS)
-    config = MPTConfig.named("mpt-tiny").replace(max_seq_len=rows.row_tokens)
+    config = tiny_config(rows)
     found: dict[str, dict] = {"loss": {}, "curve": {}, "spread": {}, "seconds": {}}
     for kind in KINDS:
         start, losses, curves = time.perf_counter(), [], []

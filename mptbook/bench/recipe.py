@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mptbook.bench.training import TrainingBench, tiny_run, train
+from mptbook.bench.training import TrainingBench, tiny_config, tiny_run, train
 from mptbook.data.loader import Rows
 from mptbook.eval.perplexity import Prediction, perplexity
-from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
@@ -59,8 +58,7 @@ def compare(data: str | Path, *, steps: int = 600, seeds: int = 2) -> dict:
     found: dict[str, list[float]] = {}
     for name in VARIANTS:
         recipe = variant(name)
-        shape = {"max_seq_len": rows.row_tokens} | recipe.shape
-        config = MPTConfig.named(recipe.model).replace(**shape)
+        config = tiny_config(rows, recipe)
         found[name] = []
         for seed in range(seeds):
             torch.manual_seed(seed)

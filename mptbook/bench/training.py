@@ -9,6 +9,7 @@ from torch import Tensor
 from mptbook.bench.measure import machine, save
 from mptbook.data.corpora import load_domain
 from mptbook.data.loader import Rows, batches
+from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.settings import CONFIGS, RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -39,6 +40,13 @@ class TrainingBench(RunSettings):
 def tiny_run() -> Pretrain:
     """The settings of `configs/tiny.toml`."""
     return Pretrain.from_toml(CONFIGS / "tiny.toml", data=Path(), out=Path())
+
+
+def tiny_config(rows: Rows, recipe: Pretrain | None = None) -> MPTConfig:
+    """The shape that `configs/tiny.toml`, or another recipe, trains on `rows`."""
+    recipe = recipe or tiny_run()
+    shape = {"max_seq_len": rows.row_tokens} | recipe.shape
+    return MPTConfig.named(recipe.model).replace(**shape)
 
 
 def train(

@@ -50,7 +50,7 @@ def test_the_comparison_reports_every_seed_of_every_kind(monkeypatch, tmp_path):
     monkeypatch.setattr(precision, "Rows", lambda data: rows)
     monkeypatch.setattr(precision.Tokenizer, "load", lambda folder: None)
     monkeypatch.setattr(precision, "heldout_ids", lambda tokenizer, n: torch.arange(33) % 97)
-    monkeypatch.setattr(precision, "MPTConfig", type("C", (), {"named": lambda name: CONFIG}))
+    monkeypatch.setattr(precision, "tiny_config", lambda rows: CONFIG)
     monkeypatch.setattr(precision, "train", train)
     monkeypatch.setattr(precision, "keep_freed_memory", lambda: True)  # of this process
     found = precision.compare(tmp_path, steps=3, seeds=2)

@@ -4,7 +4,6 @@ import torch
 from mptbook.bench import recipe
 from mptbook.bench.recipe import RECIPE, VARIANTS, variant
 from mptbook.bench.training import tiny_run
-from mptbook.model.config import MPTConfig
 
 
 def test_each_variant_differs_from_the_recipe_in_what_its_name_says():
@@ -21,8 +20,9 @@ def test_each_variant_differs_from_the_recipe_in_what_its_name_says():
 
 
 def test_every_variant_is_trained_from_the_seeds_weights_and_read(data, monkeypatch):
-    small = MPTConfig(d_model=24, n_heads=3, n_layers=1, vocab_size=320, max_seq_len=16)
-    monkeypatch.setattr(recipe, "MPTConfig", type("C", (), {"named": lambda name: small}))
+    small = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
+    config = recipe.tiny_config
+    monkeypatch.setattr(recipe, "tiny_config", lambda *given: config(*given).replace(**small))
     monkeypatch.setattr(recipe, "keep_freed_memory", lambda: True)  # of this process
     begun, train = [], recipe.train
 

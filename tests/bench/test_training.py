@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mptbook.__main__ import main
-from mptbook.bench.training import heldout_ids, tiny_run, train
+from mptbook.bench.training import heldout_ids, tiny_config, tiny_run, train
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -38,6 +38,16 @@ def test_a_small_training_learns_and_is_repeated_by_its_seed(capsys):
     assert losses[0][-1] < losses[0][0] - 0.5
     assert losses[0] == losses[1] != losses[2]
     assert capsys.readouterr().out.count("lion        step    20") == 3
+
+
+def test_the_shape_is_that_of_the_recipe_for_rows_of_this_length():
+    config = tiny_config(Pattern())
+    assert config.max_seq_len == Pattern.row_tokens
+    recipe = tiny_run()
+    assert config.init_config.init_div_is_residual == recipe.shape["init_div_is_residual"]
+    assert config == MPTConfig.named("mpt-tiny").replace(max_seq_len=16, **recipe.shape)
+    recipe.shape = {}
+    assert tiny_config(Pattern(), recipe) == MPTConfig.named("mpt-tiny").replace(max_seq_len=16)
 
 
 def test_the_warm_up_is_shortened_with_the_run():
