@@ -174,7 +174,7 @@ def test_a_configuration_survives_its_file(config):
     assert MPTConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_replace_reaches_into_the_attention():
+def test_replace_reaches_into_attention_and_initialisation():
     config = MPTConfig(**SMALL).replace(n_layers=7, qk_ln=True, init_div_is_residual=30)
     assert config.init_config.init_div_is_residual == 30
     assert (config.n_layers, config.attn_config.qk_ln, config.attn_config.alibi) == (7, True, True)

@@ -35,7 +35,7 @@ def test_kaiming_has_the_variance_of_two_over_the_fan_in():
 
 
 @pytest.mark.parametrize(
-    ("divide", "divisor"), [(True, math.sqrt(2 * LAYERS)), (False, 1), (3.5, 3.5)]
+    ("divide", "divisor"), [(True, math.sqrt(2 * LAYERS)), (False, 1), (0, 1), (3.5, 3.5)]
 )
 def test_layers_that_write_the_residual_stream_are_divided(divide, divisor):
     state = weights(init_div_is_residual=divide)
