@@ -11,6 +11,8 @@ _HOME = {
     "MPTConfig": "mptbook.model.config",
     "MPTForCausalLM": "mptbook.hf",
     "Tokenizer": "mptbook.tokenizer.tokenizer",
+    "Mixture": "mptbook.data.mixture",
+    "Curriculum": "mptbook.data.curriculum",
     "Lion": "mptbook.optim.lion",
     "train_steps": "mptbook.train.loop",
     "generate": "mptbook.infer.generate",
@@ -20,9 +22,11 @@ _HOME = {
 }
 __all__ = [
     "MPT",
+    "Curriculum",
     "Lion",
     "MPTConfig",
     "MPTForCausalLM",
+    "Mixture",
     "Tokenizer",
     "generate",
     "load_model",
@@ -32,6 +36,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mptbook.data.curriculum import Curriculum
+    from mptbook.data.mixture import Mixture
     from mptbook.directory import load_model, save_model
     from mptbook.eval.perplexity import perplexity
     from mptbook.hf import MPTForCausalLM

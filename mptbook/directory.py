@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -37,6 +38,7 @@ def load_model(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    **changes: Any,
 ) -> MPT:
     """The model of a directory, in evaluation mode.
 
@@ -48,6 +50,7 @@ def load_model(
             was released, or a hub name such as `mosaicml/mpt-7b`.
         dtype: of the weights; None keeps the dtype in which each one is stored.
         device: where the weights go.
+        changes: fields of `MPTConfig` that shall differ, as `alibi_bias_max=16`.
 
     Raises:
         FileNotFoundError: if there is no configuration, or no weights.
@@ -57,7 +60,7 @@ def load_model(
     """
     folder = find_directory(path)
     with torch.device("meta"):
-        model = MPT(read_config(folder))
+        model = MPT(read_config(folder).replace(**changes))
     _fill(model, folder, dtype, device)
     model.slopes = model.slopes.to(device)
     return model.eval()
@@ -169,9 +172,8 @@ def _shards(folder: Path) -> list[Path]:
         if index.is_file():
             names = sorted(set(_read_json(index)["weight_map"].values()))
             files = [folder / Path(name).name for name in names]
-            for file in files:
-                if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, but {index} names it; fetch it")
+            for file in (file for file in files if not file.is_file()):
+                raise FileNotFoundError(f"{file} is missing, but {index} names it; fetch it")
             return files
     raise FileNotFoundError(f"{folder} has a config.json but neither of {' and '.join(WEIGHTS)}")
 
@@ -280,8 +282,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> No
         "clean_up_tokenization_spaces": False,
     }
     _write_json(folder / "tokenizer_config.json", about)
-    end = tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
     _write_json(folder / "generation_config.json", ids)
 
 

@@ -5,7 +5,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from mptbook.__main__ import VERBS, main
-from mptbook.settings import CONFIGS, RunSettings
+from mptbook.settings import RunSettings
 
 
 class Inner(BaseModel):
@@ -96,13 +96,6 @@ def test_an_unknown_verb_is_one_line(capsys):
     assert (
         capsys.readouterr().err == f"error: train is not a verb; mptbook has {', '.join(VERBS)}\n"
     )
-
-
-def test_every_settings_file_of_the_package_is_valid():
-    from mptbook.train.pretrain import Pretrain
-
-    for path in CONFIGS.glob("*.toml"):
-        Pretrain.from_toml(path, data="rows", out="run")
 
 
 def test_importing_the_package_imports_no_torch():

@@ -88,8 +88,9 @@ class Racer:
             torch.manual_seed(settings.seed)
             self.model = make_model(entry.contestant, run.model.config).to(run.device)
             self.optimizer = make_optimizer(self.model, optim)
-            n_rows = settings.batch_tokens // run.rows.row_tokens
-            stream = batches(run.rows, n_rows, seed=settings.seed)
+            (rows,) = run.feed.rows
+            n_rows = settings.batch_tokens // rows.row_tokens
+            stream = batches(rows, n_rows, seed=settings.seed)
             self._logs = plain_steps(
                 self.model, stream, self.optimizer, self._rate, clip=optim.clip
             )
@@ -141,16 +142,11 @@ class Racer:
     def _by_recipe(self, run: Run, settings: Pretrain) -> Iterator[StepLog]:
         return train_steps(
             run.model,
-            batches(
-                run.rows,
-                run.rows_at_once,
-                seed=settings.seed,
-                end_of_text=run.end_of_document,
-            ),
+            run.feed.batches(0, end_of_text=run.end_of_document),
             run.optimizer,
             self._rate,
             steps=sys.maxsize,
-            accumulate=run.accumulate,
+            accumulate=run.feed.accumulate(0),
             clip=settings.optim.clip,
             precision=settings.precision,
             guard=run.guard,

@@ -166,20 +166,20 @@ def held_out(document: Document) -> tuple[str, str]:
     return text, ""
 
 
-def read_domain(name: str, source: str | None = None) -> Iterator[Document]:
+def read_domain(name: str, source: str | None = None, stream: bool = True) -> Iterator[Document]:
     """The documents of a domain, one after the other.
 
     Args:
         name: a default domain, or any name where `source` is given.
-        source: `hf:NAME[:CONFIG]` for a dataset of the hub, read as a stream, or the path of
-            a .txt, .jsonl or .parquet file or of a folder of them.
+        source: what `mptbook.data.sources.read_source` reads.
+        stream: whether a dataset of the hub is read as it comes, or fetched first.
 
     Raises:
         ValueError: if the domain is unknown or a file cannot be decoded.
         FileNotFoundError: if a path does not exist.
     """
     if source is not None:
-        return read_source(source)
+        return read_source(source, stream)
     domains = default_domains()
     if name not in domains:
         raise ValueError(

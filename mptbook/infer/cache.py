@@ -50,6 +50,10 @@ class KVCache:
         self._lengths[layer] = end
         return [(kept[0, :, :, :end], kept[1, :, :, :end])]
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens; what comes next is appended to them."""
+        self._lengths = [min(length, seen) for seen in self._lengths]
+
     @property
     def bytes(self) -> int:
         """Memory taken, spare room included."""

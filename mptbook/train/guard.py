@@ -134,6 +134,10 @@ class Guard:
         self.rollbacks += 1
         return places
 
+    def forget(self) -> None:
+        """Begin to gather losses anew."""
+        self._losses.clear()
+
     def state_dict(self) -> dict:
         """What a checkpoint keeps, as JSON has it."""
         return {

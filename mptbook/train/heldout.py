@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mptbook.data.shards import read_table
 from mptbook.eval.perplexity import Prediction, perplexity
 from mptbook.infer.generate import generate
 from mptbook.model.mpt import MPT
@@ -11,11 +12,13 @@ from mptbook.train.log import RunLog
 
 
 def load_heldout(data: Path) -> dict[str, list[str]]:
-    """The held-out texts of each domain of a prepared folder."""
-    import datasets  # takes most of a second
+    """The held-out texts of each domain of a prepared folder.
 
+    Raises:
+        ValueError: if a file of them is damaged.
+    """
     files = sorted((data / "heldout").glob("*.arrow"))
-    return {file.stem: datasets.Dataset.from_file(str(file))["text"][:] for file in files}
+    return {file.stem: read_table(file)["text"][:] for file in files}
 
 
 def front(heldout: dict[str, list[str]], n_characters: int) -> dict[str, list[str]]:

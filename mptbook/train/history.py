@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-QUIET = ("heldout", "sample", "saved", "final")  # kinds of lines that decide nothing
+QUIET = ("stage", "heldout", "sample", "saved", "final")  # kinds of lines that decide nothing
 
 
 class History(RunSettings):

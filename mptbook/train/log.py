@@ -5,6 +5,7 @@ targets, seconds since the run began or was resumed, and refused: why the step w
 ""; what is not finite is null. The others:
 
     started    resumed: whether it goes on from a checkpoint, precision: of products
+    stage      at the step before it: row_tokens, batch_tokens, domains: what it takes of each
     rollback   to: the step gone back to, skipped: places of the batches left out, reason
     heldout    bits_per_byte of the front of each domain's held-out text, and by domains
     sample     prompt, text
@@ -24,6 +25,8 @@ from typing import Self
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mptbook.data.curriculum import Stage
+from mptbook.data.loader import Drawn
 from mptbook.train.loop import StepLog
 
 SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
@@ -106,6 +109,18 @@ class RunLog:
             left = seconds / self._taken * (self._steps - log.step)
             print(f"{line}  {left:.0f} s left", flush=True)
             self._last_line = time.monotonic()
+
+    def stage(self, first: int, stage: Stage, domains: list[Drawn]) -> None:
+        """What a stage is going to read; `first` is the step before it."""
+        lengths = {"row_tokens": stage.row_tokens, "batch_tokens": stage.batch_tokens}
+        self.event("stage", first, **lengths, domains=[vars(domain) for domain in domains])
+        parts = ", ".join(
+            f"{domain.name} {domain.share:.1%} ({domain.epochs:.2f} epochs)" for domain in domains
+        )
+        self.say(
+            f"step {first:,}  {stage.tokens:,} tokens in rows of {stage.row_tokens:,}, "
+            f"{stage.batch_tokens:,} a step: {parts}"
+        )
 
     def heldout(self, kind: str, step: int, total: float, domains: dict[str, float]) -> None:
         self.event(kind, step, bits_per_byte=total, domains=domains)

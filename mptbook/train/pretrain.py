@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGINT
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
-from mptbook.data.loader import batches
+from mptbook.data.curriculum import Stage
 from mptbook.directory import save_model
 from mptbook.model.precision import Precision, resolved
 from mptbook.settings import RunSettings
@@ -24,11 +24,14 @@ from mptbook.train.supervise import supervise
 
 
 class Pretrain(RunSettings):
-    """Train a model from scratch: `mptbook pretrain`."""
+    """Train a model, from scratch or on from given weights: `mptbook pretrain`."""
 
     out: Path = Field(description="run directory to write")
     data: Path = Field(description="folder that mptbook prepare wrote")
     model: str = Field("mpt-tiny", description="a named size; its vocabulary must fit the data")
+    weights: str | None = Field(
+        None, description="start from those of a model directory, run or hub name, not afresh"
+    )
     shape: dict[str, bool | int | float | str] = Field(
         {}, description="fields of MPTConfig that differ, e.g. --shape n_layers=2"
     )
@@ -36,6 +39,13 @@ class Pretrain(RunSettings):
     batch_tokens: PositiveInt = Field(524_288, description="tokens per step")
     micro_batch_tokens: PositiveInt | None = Field(
         None, description="tokens at once; fewer than batch_tokens accumulate (default: all)"
+    )
+    mixture: dict[str, NonNegativeFloat] = Field(
+        {}, description="weight of each domain, e.g. --mixture code=0.3; none: all rows alike"
+    )
+    repeat: bool = Field(True, description="false: a domain that runs dry is an error")
+    stages: list[Stage] = Field(
+        [], description="tokens, rows, batch and mixture of each; none: one of all steps"
     )
     optim: Optim = Optim()
     guard: GuardSettings = GuardSettings()
@@ -106,6 +116,8 @@ def pretrain(settings: Pretrain) -> Path:
             resumed = bool(checkpoints(settings.out))
             computed_in = resolved(run.device, settings.precision)
             log.event("started", step, resumed=resumed, precision=computed_in)
+            for first, stage, domains in run.feed.report():
+                log.stage(first, stage, domains)
             for path, what in damaged:
                 log.event("damaged", step, path=path.name, what=what)
                 log.say(f"{path} is damaged and passed over: {what}")
@@ -128,7 +140,7 @@ def _train(
     """Train from a step on; the last step, or the one that the run went back to."""
     looks = front(run.heldout, settings.heldout_characters)
     due = False
-    for taken in _steps(settings, run, start):
+    for taken in staged_steps(settings, run, start):
         log.step(taken)
         step, last = taken.step, taken.step == settings.steps
         if run.guard.must_go_back:
@@ -150,29 +162,28 @@ def _train(
     return settings.steps
 
 
-def _steps(settings: Pretrain, run: Run, start: int) -> Iterator[StepLog]:
-    """The training steps after `start`."""
-    n = run.accumulate
-    stream = batches(
-        run.rows,
-        run.rows_at_once,
-        seed=settings.seed,
-        start=start * n,
-        skipped=[place * n + part for place in run.guard.skipped for part in range(n)],
-        end_of_text=run.end_of_document,
-    )
-    return train_steps(
-        run.model,
-        stream,
-        run.optimizer,
-        settings.optim.rates(settings.steps),
-        steps=settings.steps,
-        start=start,
-        accumulate=n,
-        clip=settings.optim.clip,
-        precision=settings.precision,
-        guard=run.guard,
-    )
+def staged_steps(settings: Pretrain, run: Run, start: int) -> Iterator[StepLog]:
+    """The training steps after `start`, stage by stage."""
+    rates = settings.optim.rates(settings.steps)
+    for number, stage, first, end in run.feed.curriculum.parts(start):
+        begin = max(start, first)
+        if begin == first:
+            run.guard.forget()  # other rows have other losses: a jump is no spike
+        stream = run.feed.batches(
+            number, start=begin, skipped=run.guard.skipped, end_of_text=run.end_of_document
+        )
+        yield from train_steps(
+            run.model,
+            stream,
+            run.optimizer,
+            lambda step, factor=stage.lr: factor * rates(step),
+            steps=end,
+            start=begin,
+            accumulate=run.feed.accumulate(number),
+            clip=settings.optim.clip,
+            precision=settings.precision,
+            guard=run.guard,
+        )
 
 
 def _go_back(out: Path, run: Run, taken: StepLog, log: RunLog) -> int:

@@ -13,7 +13,9 @@ import filelock
 import tomli_w
 import torch
 
-from mptbook.data.loader import Rows
+from mptbook.data.curriculum import Curriculum, Stage
+from mptbook.data.loader import about_rows
+from mptbook.directory import find_directory, load_model
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -25,6 +27,7 @@ from mptbook.train.checkpoint import (
     remove_partial,
     step_of,
 )
+from mptbook.train.feed import Feed
 from mptbook.train.guard import Guard
 from mptbook.train.heldout import load_heldout
 from mptbook.train.optimizer import make_optimizer
@@ -40,14 +43,12 @@ PARTIAL = "run.toml.partial"
 class Run:
     """The parts of a run of `mptbook pretrain`."""
 
-    rows: Rows
+    feed: Feed
     tokenizer: Tokenizer
     heldout: dict[str, list[str]]
     model: MPT
     optimizer: torch.optim.Optimizer
     guard: Guard
-    rows_at_once: int
-    accumulate: int  # micro-batches of a step
     made_with: dict  # what a resume must find unchanged
 
     @classmethod
@@ -57,30 +58,46 @@ class Run:
         Raises:
             ValueError: if settings and data do not fit together.
         """
-        rows = Rows(settings.data)
+        about = about_rows(settings.data)
+        curriculum = _curriculum(settings, about["row_tokens"])
+        feed = Feed(
+            settings.data,
+            curriculum,
+            seed=settings.seed,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            repeat=settings.repeat,
+        )
         tokenizer = Tokenizer.load(settings.data)
-        rows_at_once, accumulate = _batch(settings, rows.row_tokens)
+        if tokenizer.sha256 != about["tokenizer"]:
+            raise ValueError(
+                f"{settings.data}/tokenizer.json is not the tokenizer that its rows were made "
+                "with; remove the folder and prepare again"
+            )
         settings.optim.rates(settings.steps)  # raises what does not fit
         torch.manual_seed(settings.seed)
-        config = _config(settings, tokenizer, rows.row_tokens)
-        model = MPT(config).to(_device(settings.device))
+        longest = max(stage.row_tokens for stage in curriculum.stages)
+        model = _model(settings, tokenizer, longest).to(_device(settings.device))
+        if feed.packed and not model.config.attn_config.attn_uses_sequence_id:
+            raise ValueError(
+                f"the rows of {settings.data} hold documents whole, to be kept apart; add "
+                "--shape attn_uses_sequence_id=true"
+            )
         model.recompute = settings.recompute
         made_with = {
             "tokenizer": tokenizer.sha256,
-            "data": hashlib.sha256(json.dumps(rows.about, sort_keys=True).encode()).hexdigest(),
+            "data": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
             "batch_tokens": settings.batch_tokens,
+            "stages": _fixed(curriculum),
             "seed": settings.seed,
             "optim.name": settings.optim.name,
         }
         return cls(
-            rows=rows,
+            feed=feed,
             tokenizer=tokenizer,
             heldout=load_heldout(settings.data),
             model=model,
             optimizer=make_optimizer(model, settings.optim),
             guard=Guard(settings.guard),
-            rows_at_once=rows_at_once,
-            accumulate=accumulate,
             made_with=made_with,
         )
 
@@ -213,33 +230,51 @@ def _set_aside(path: Path) -> None:
     path.rename(target)
 
 
-def _batch(settings: "Pretrain", row_tokens: int) -> tuple[int, int]:
-    """Rows at once, and how often they accumulate to a batch."""
-    at_once = settings.micro_batch_tokens or settings.batch_tokens
-    if at_once % row_tokens:
-        name = "micro_batch_tokens" if settings.micro_batch_tokens else "batch_tokens"
-        below = max(row_tokens, at_once - at_once % row_tokens)
+def _curriculum(settings: "Pretrain", row_tokens: int) -> Curriculum:
+    """The stages of a run; without any, one of all its steps."""
+    whole = Stage(
+        tokens=settings.steps * settings.batch_tokens,
+        row_tokens=row_tokens,
+        batch_tokens=settings.batch_tokens,
+        mixture=settings.mixture,
+    )
+    first, *rest = settings.stages or [whole]
+    curriculum = Curriculum([whole.model_copy(update=first.model_dump(exclude_none=True)), *rest])
+    if curriculum.steps != settings.steps:
         raise ValueError(
-            f"{name}={at_once} is not a multiple of the {row_tokens} tokens of a row; take {below}"
+            f"the stages have {curriculum.steps:,} steps in all, but steps is "
+            f"{settings.steps:,}; make them equal"
         )
-    if settings.batch_tokens % at_once:
-        raise ValueError(
-            f"batch_tokens={settings.batch_tokens} is not a multiple of "
-            f"micro_batch_tokens={settings.micro_batch_tokens}; "
-            f"take {settings.batch_tokens - settings.batch_tokens % at_once}"
-        )
-    return at_once // row_tokens, settings.batch_tokens // at_once
+    return curriculum
 
 
-def _config(settings: "Pretrain", tokenizer: Tokenizer, row_tokens: int) -> MPTConfig:
+def _fixed(curriculum: Curriculum) -> list[dict]:
+    """What a resume must find unchanged: all but how long the last stage is."""
+    said = [stage.model_dump(mode="json") for stage in curriculum.stages]
+    del said[-1]["tokens"]
+    return said
+
+
+def _model(settings: "Pretrain", tokenizer: Tokenizer, row_tokens: int) -> MPT:
+    """With fresh weights, or with those of `settings.weights`."""
     shape = {"max_seq_len": row_tokens} | settings.shape
-    config = MPTConfig.named(settings.model).replace(**shape)
-    if len(tokenizer) > config.vocab_size:
+    if settings.weights is None:
+        model = MPT(MPTConfig.named(settings.model).replace(**shape))
+    else:
+        model = load_model(settings.weights, torch.float32, **shape)
+        learned_with = find_directory(settings.weights) / "tokenizer.json"
+        if learned_with.exists() and Tokenizer.load(learned_with).sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"{settings.weights} has another tokenizer than the rows of {settings.data}; "
+                f"prepare them with --tokenizer {learned_with}"
+            )
+    if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {settings.data} has {len(tokenizer)} ids, the model only "
-            f"{config.vocab_size}; take a larger vocab_size, or prepare with another tokenizer"
+            f"{model.config.vocab_size}; take a larger vocab_size, or prepare with another "
+            "tokenizer"
         )
-    return config
+    return model
 
 
 def _device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ class Pattern:
 
     row_tokens = 16
 
-    def __len__(self):
-        return 40
+    domains: ClassVar = {"all": range(40)}
 
     def __getitem__(self, rows):
         return (rows[:, None] + torch.arange(17).numpy()) % 7
@@ -76,7 +76,7 @@ def test_held_out_ids_are_the_novels_end_to_end():
         heldout_ids(tokenizer, 10_000_000)
 
 
-@pytest.mark.parametrize("name", ["positions", "precision"])
+@pytest.mark.parametrize("name", ["positions", "precision", "curriculum"])
 def test_a_bench_that_trains_writes_what_it_found_and_where(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"mptbook.bench.{name}")
     told = {}

@@ -138,26 +138,36 @@ def test_a_folder_of_text_json_lines_and_parquet_is_read_in_order(tmp_path):
     rows = [{"text": "second"}, {"text": "third", "id": 3}]
     (tmp_path / "b.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     datasets.Dataset.from_dict({"text": ["fourth"]}).to_parquet(tmp_path / "c.parquet")
+    table = datasets.Dataset.from_dict({"content": ["fifth"], "stars": [3]})
+    table.save_to_disk(tmp_path / "d")
     (tmp_path / "notes.md").write_text("not read")
     documents = list(read_domain("mine", str(tmp_path)))
-    assert [d.text for d in documents] == ["first", "second", "third", "fourth"]
-    assert [d.name for d in documents] == ["a.txt", "b.jsonl:0", "b.jsonl:1", "c.parquet:0"]
+    assert [d.text for d in documents] == ["first", "second", "third", "fourth", "fifth"]
+    assert [d.name for d in documents] == [
+        "a.txt",
+        "b.jsonl:0",
+        "b.jsonl:1",
+        "c.parquet:0",
+        "d/data-00000-of-00001.arrow:0",
+    ]
 
 
 def test_a_row_without_text_is_refused_with_the_columns_it_has(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "a"}\n{"content": "b", "id": 1}\n')
-    with pytest.raises(ValueError, match=r"row 1 of rows.jsonl has no column `text`; .*content"):
+    file.write_text('{"text": "a"}\n{"body": "b", "id": 1}\n')
+    with pytest.raises(ValueError, match=r"row 1 of rows.jsonl has no column `text`; .*body"):
         list(read_source(str(file)))
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
     file = tmp_path / "book.pdf"
     file.write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match=r"book\.pdf is no \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(
+        ValueError, match=r"book\.pdf is no \.txt, \.jsonl, \.parquet, \.arrow file"
+    ):
         list(read_source(str(file)))
     with pytest.raises(
-        ValueError, match=r"is no \.txt, \.jsonl, \.parquet file, nor a folder with one"
+        ValueError, match=r"is no \.txt, \.jsonl, \.parquet, \.arrow file, nor a folder with one"
     ):
         list(read_source(str(tmp_path)))
 
@@ -176,7 +186,42 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [d.text for d in read_source("hf:allenai/c4:en")] == ["streamed"]
-    assert asked == [(("allenai/c4", "en"), {"split": "train", "streaming": True})]
+    assert asked.pop() == (("allenai/c4", "en"), {"split": "train", "streaming": True})
+    (document,) = read_source("hf:bigcode/the-stack-dedup/data/python", stream=False)
+    assert document.name == "bigcode/the-stack-dedup/data/python:0"
+    how = {"split": "train", "streaming": False, "data_dir": "data/python"}
+    assert asked.pop() == (("bigcode/the-stack-dedup", None), how)
+    files = "hf://datasets/allenai/peS2o/data/v2/train-*.json.gz"
+    assert next(read_source(files)).name == files.removeprefix("hf://") + ":0"
+    assert asked.pop() == (("json",), {"data_files": files, "split": "train", "streaming": True})
+
+
+def test_what_the_hub_does_not_give_is_one_line(monkeypatch):
+    def load_dataset(*args, **how):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ConnectionError, match=r"the hub did not give hf:a/b: no route$"):
+        next(read_source("hf:a/b"))
+
+
+def test_rows_of_one_kind_are_read_out_of_many(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": str(n), "meta": {"set": "ab"[n % 2]}} for n in range(4)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    documents = list(read_source(f"{file}#meta.set=b"))
+    assert [d.text for d in documents] == ["1", "3"]
+    assert documents[0].name == "rows.jsonl:1"
+    with pytest.raises(ValueError, match=r"rows\.jsonl have no field meta\.kind; .*'meta'"):
+        next(read_source(f"{file}#meta.kind=b"))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_damaged_table_is_named(tmp_path, suffix):
+    file = tmp_path / f"rows{suffix}"
+    file.write_bytes(b"PAR1 and then nothing of the kind")
+    with pytest.raises(ValueError, match=rf"rows\{suffix} cannot be read \(.*; fetch or write it"):
+        list(read_source(str(file)))
 
 
 def test_without_an_index_python_serves_and_one_line_says_so(monkeypatch, capsys):

@@ -6,9 +6,11 @@ import pytest
 
 from mptbook.data.corpora import held_out
 from mptbook.data.loader import Rows, batches, row_numbers
+from mptbook.data.packing import IGNORE
 from mptbook.data.prepare import Prepare, prepare
 from mptbook.data.sources import read_source
 from mptbook.tokenizer.bpe import train_bpe
+from mptbook.train.heldout import load_heldout
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,52 @@ def test_a_restart_keeps_finished_shards_and_ends_alike(texts, tmp_path):
     assert (a[np.arange(len(a))] == b[np.arange(len(b))]).all()
 
 
+def shorten(shard):
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def flip(shard):
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "seen"),
+    [
+        (os.remove, r"has \d+ of the \d+ rows of hares; run the same mptbook prepare again"),
+        (shorten, r"hares-00001\.arrow is damaged .*; run the same mptbook prepare again"),
+        (flip, None),  # found by its digest only, which loading does not compute
+    ],
+)
+def test_the_same_command_mends_a_damaged_shard_and_leaves_the_others(
+    texts, tmp_path, harm, seen, capsys
+):
+    prepare(settings(texts, tmp_path / "rows"))
+    shards = sorted((tmp_path / "rows" / "train").glob("*.arrow"))
+    whole = {shard: shard.read_bytes() for shard in shards}
+    before = shards[0].stat().st_mtime_ns
+    harm(shards[1])
+    if seen:
+        with pytest.raises(ValueError, match=seen):
+            Rows(tmp_path / "rows")
+    prepare(settings(texts, tmp_path / "rows"))
+    assert {shard: shard.read_bytes() for shard in shards} == whole
+    assert shards[0].stat().st_mtime_ns == before
+    named = harm is not os.remove
+    assert ("hares-00001.arrow is damaged, and written again" in capsys.readouterr().out) is named
+
+
+def test_damaged_held_out_texts_are_named_and_mended(texts, tmp_path):
+    prepare(settings(texts, tmp_path / "rows"))
+    held_out_texts = load_heldout(tmp_path / "rows")
+    shorten(tmp_path / "rows" / "heldout" / "hares.arrow")
+    with pytest.raises(ValueError, match=r"hares\.arrow is damaged .*; run the same"):
+        load_heldout(tmp_path / "rows")
+    prepare(settings(texts, tmp_path / "rows"))
+    assert load_heldout(tmp_path / "rows") == held_out_texts
+
+
 def test_other_settings_on_the_same_folder_are_refused(texts, tmp_path):
     prepare(settings(texts, tmp_path / "rows"))
     with pytest.raises(ValueError, match="prepared with row_tokens 31, not 32"):
@@ -82,14 +130,14 @@ def test_too_little_text_is_refused(texts, tmp_path):
 
 
 def test_each_epoch_sees_every_row_once_in_another_order():
-    steps = [row_numbers(35, 5, seed=3, step=step) for step in range(14)]
+    steps = [row_numbers({"a": range(20), "b": range(20, 35)}, 5, (3,), step) for step in range(14)]
     first, second = np.concatenate(steps[:7]), np.concatenate(steps[7:])
     assert sorted(first) == sorted(second) == list(range(35))
     assert (first != second).any()
 
 
 def test_a_batch_may_lie_across_two_epochs():
-    numbers = np.concatenate([row_numbers(7, 5, seed=3, step=step) for step in range(7)])
+    numbers = np.concatenate([row_numbers({"a": range(7)}, 5, (3,), step) for step in range(7)])
     assert sorted(numbers) == sorted([*range(7)] * 5)
 
 
@@ -117,11 +165,34 @@ def test_rows_that_do_not_split_over_the_processes_are_refused(texts, tmp_path):
         next(batches(Rows(tmp_path / "rows"), 7, seed=1, world=2))
 
 
-def test_targets_are_the_next_tokens_and_documents_are_told_apart(texts, tmp_path):
+def test_targets_are_the_next_tokens(texts, tmp_path):
     prepare(settings(texts, tmp_path / "rows"))
-    inputs, targets, documents = next(batches(Rows(tmp_path / "rows"), 3, seed=1, end_of_text=0))
+    inputs, targets = next(batches(Rows(tmp_path / "rows"), 3, seed=1))
     assert (inputs[:, 1:] == targets[:, :-1]).all()
-    assert documents.max() == (inputs[:, :-1] == 0).sum(dim=1).max()
+
+
+@pytest.mark.parametrize("packing", ["cut", "whole"])
+def test_documents_are_told_apart_and_their_first_tokens_cost_nothing(texts, tmp_path, packing):
+    prepare(settings(texts, tmp_path / "rows", packing=packing, row_tokens=40))
+    inputs, targets, documents = next(batches(Rows(tmp_path / "rows"), 3, seed=1, end_of_text=0))
+    assert (documents[:, 1:] - documents[:, :-1] == (inputs[:, :-1] == 0).long()).all()
+    assert ((targets == IGNORE) == (inputs == 0)).all()
+    told = targets[:, :-1] != IGNORE
+    assert (targets[:, :-1][told] == inputs[:, 1:][told]).all()
+
+
+def test_whole_documents_are_counted_with_their_filling(texts, tmp_path):
+    counts = prepare(settings(texts, tmp_path / "rows", packing="whole", row_tokens=40))["hares"]
+    rows = Rows(tmp_path / "rows")
+    ids = rows[np.arange(len(rows))]
+    ended = ids == 0
+    trailing = sum(max(0, list(row[::-1]).index(False) - 1) for row in ended)
+    assert (counts.rows, counts.filling) == (len(rows), trailing)
+    assert 0 < counts.filling < ids.size / 4
+    with pytest.raises(ValueError, match="hold documents whole and cannot be joined to 80 tokens"):
+        Rows(tmp_path / "rows", 80)
+    with pytest.raises(ValueError, match="prepared with packing 'whole', not 'cut'"):
+        prepare(settings(texts, tmp_path / "rows", row_tokens=40))
 
 
 def test_a_folder_that_was_never_prepared_is_named(tmp_path):
@@ -143,3 +214,40 @@ def test_shards_of_texts_that_have_changed_are_not_kept(texts, tmp_path):
     source.write_text(source.read_text() + '\n{"text": "one more"}')
     with pytest.raises(ValueError, match="was prepared with texts"):
         prepare(settings(texts, tmp_path / "rows", source={"hares": str(source)}))
+
+
+def test_documents_held_out_whole_are_not_for_training(texts, tmp_path):
+    whole = settings(texts, tmp_path / "rows", hold_out=["hares.jsonl:7", "hares.jsonl:12"])
+    prepare(whole)
+    plain = prepare(settings(texts, tmp_path / "plain"))["hares"]
+    held = load_heldout(tmp_path / "rows")["hares"]
+    assert "The 7th hare ran 49 miles.\n" * 2 in held
+    assert len(held) == len(load_heldout(tmp_path / "plain")["hares"]) + 2
+    about = json.loads((tmp_path / "rows" / "data.json").read_text())
+    assert about["domains"]["hares"]["train_bytes"] < plain.train_bytes
+
+
+def test_a_name_to_hold_out_that_no_document_has_is_an_error(texts, tmp_path):
+    message = r"no document has this name \(did you mean 'hares.jsonl:"
+    with pytest.raises(ValueError, match=message):
+        prepare(settings(texts, tmp_path / "rows", hold_out=["hare.jsonl:77777"]))
+    with pytest.raises(ValueError, match="half prepared"):
+        Rows(tmp_path / "rows")
+
+
+def test_near_copies_are_dropped_and_reported(texts, tmp_path, capsys):
+    lines = (texts / "hares.jsonl").read_text().splitlines()
+    (tmp_path / "twice.jsonl").write_text("\n".join(lines + lines[:40]))
+    source = {"hares": str(tmp_path / "twice.jsonl")}
+    settings(texts, tmp_path / "rows", source=source, near_copies=0.8).run()
+    found = json.loads((tmp_path / "rows" / "data.json").read_text())["domains"]["hares"]
+    assert (found["documents"], found["dropped"]) == (230, {"near copy": 40})
+    assert "dropped: 40 documents, near copy" in capsys.readouterr().out
+
+
+def test_what_is_no_prose_is_dropped_where_it_is_asked_for(texts, tmp_path):
+    with pytest.raises(ValueError, match=r"hares: 0 documents gave 0 rows .* it needs more text"):
+        prepare(settings(texts, tmp_path / "rows", filtered=["hares"]))  # all are too short
+    with pytest.raises(ValueError, match="filtered has 'foxes'; the domains are hares"):
+        prepare(settings(texts, tmp_path / "other", filtered=["foxes"]))
+    assert not (tmp_path / "other").exists()

@@ -18,9 +18,9 @@ now, hooks = [], []
 row_numbers, loss_of = loader.row_numbers, MPT.loss
 
 
-def noted(n_rows, batch_rows, seed, step):
+def noted(domains, batch_rows, seed, step, mixture):
     now[:] = [step]
-    return row_numbers(n_rows, batch_rows, seed, step)
+    return row_numbers(domains, batch_rows, seed, step, mixture)
 
 
 def faulty(model, *batch):

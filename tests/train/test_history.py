@@ -12,6 +12,7 @@ def step(n, loss, refused=""):
 
 LINES = [
     {"kind": "started", "step": 0, "resumed": False},
+    {"kind": "stage", "step": 0, "row_tokens": 16, "batch_tokens": 64, "domains": []},
     {"kind": "saved", "step": 0, "path": "step-000000"},
     step(1, 5.0),
     step(2, 4.0),

@@ -217,11 +217,13 @@ def test_a_resume_with_another_tokenizer_or_other_rows_is_refused(
     other = tmp_path / "rows"
     shutil.copytree(data, other)
     about = json.loads((other / "data.json").read_text())
-    about["domains"]["more"] = {"rows": 3}
+    about["domains"]["hares"]["documents"] += 1
     (other / "data.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="made with data="):
         pretrain(settings(tmp_path / "run", data=other, resume=True))
-    train_bpe(["quite other words"] * 9, 290).save(other / "tokenizer.json")
+    tokenizer = train_bpe(["quite other words"] * 9, 290)
+    tokenizer.save(other / "tokenizer.json")
+    (other / "data.json").write_text(json.dumps(about | {"tokenizer": tokenizer.sha256}))
     with pytest.raises(ValueError, match="made with tokenizer="):
         pretrain(settings(tmp_path / "run", data=other, resume=True))
 
@@ -261,9 +263,9 @@ def test_a_poisoned_run_goes_back_the_same_way_whatever_the_micro_batches(
 
     now, row_numbers, loss = [], loader.row_numbers, MPT.loss
 
-    def noted(n_rows, batch_rows, seed, step):
+    def noted(domains, batch_rows, seed, step, mixture):
         now[:] = [step * batch_rows]  # the first row of the order
-        return row_numbers(n_rows, batch_rows, seed, step)
+        return row_numbers(domains, batch_rows, seed, step, mixture)
 
     def poisoned(model, *batch):
         at_fault = 36 <= now[0] < 40 and model.training  # the rows of step 10
