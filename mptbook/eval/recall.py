@@ -30,13 +30,14 @@ def key_values(
     """
     source = random.Random(seed)
     line = "The number of {} is {}.\n"
-    pairs: list[tuple[str, str]] = []
+    numbers: dict[str, str] = {}  # of each name once, so that a question has one answer
     per_line = len(tokenizer.encode(line.format(_name(source), _number(source))))
-    for _ in range(max(n_options, n_tokens // per_line)):
-        pairs.append((_name(source), _number(source)))
+    while len(numbers) < max(n_options, n_tokens // per_line):
+        numbers[_name(source)] = _number(source)
+    pairs = list(numbers.items())
     asked = round(place * (len(pairs) - 1))
     name, number = pairs[asked]
-    others = source.sample([value for _, value in pairs if value != number], n_options - 1)
+    others = source.sample(sorted(set(numbers.values()) - {number}), n_options - 1)
     options = [number, *others]
     source.shuffle(options)
     return Choice(

@@ -109,6 +109,14 @@ def test_a_pair_is_asked_for_where_it_stands(tokenizer):
     assert key_values(tokenizer, 500, 0.5, seed=4) == key_values(tokenizer, 500, 0.5, seed=4)
 
 
+def test_each_name_stands_once_in_a_list(tokenizer, monkeypatch):
+    monkeypatch.setattr("mptbook.eval.recall._name", lambda source: str(source.randrange(60)))
+    choice = key_values(tokenizer, 600, 0.5, seed=1)
+    names = [line.split()[3] for line in choice.context.splitlines()]
+    assert len(set(names)) == len(names) > 10
+    assert len(set(choice.options)) == 4
+
+
 def test_a_sentence_of_the_book_is_asked_for_where_it_stands(tokenizer):
     starts = []
     for place in (0.1, 0.5, 0.9):
