@@ -12,8 +12,30 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from pydantic import Field
+
+from mptbook.settings import RunSettings
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "flash-attn")
+
+
+class Bench(RunSettings):
+    """What every bench can be told, and how it ends.
+
+    A subclass lists its settings and has its figures in `compare`.
+    """
+
+    out: Path | None = Field(None, description="where to write the figures as JSON")
+
+    def compare(self) -> dict:
+        """Measure, print, and return the figures, as JSON has them."""
+        raise AssertionError(f"{type(self).__name__} does not say what it compares")
+
+    def run(self) -> None:
+        results = {"machine": machine()} | self.compare()
+        if self.out is not None:
+            save(results, self.out)
+            print(f"written to {self.out}")
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:

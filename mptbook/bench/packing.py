@@ -8,14 +8,13 @@ Dimensions in this file
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mptbook.bench.measure import in_turns, machine, noise, save
+from mptbook.bench.measure import Bench, in_turns, noise
 from mptbook.data.corpora import load_domain
 from mptbook.data.packing import (
     concatenate_and_cut,
@@ -25,7 +24,6 @@ from mptbook.data.packing import (
 )
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.loop import train_steps
@@ -73,7 +71,7 @@ def batches(
             yield x, y
 
 
-class BenchPacking(RunSettings):
+class BenchPacking(Bench):
     """Rows for documents of all lengths: `mptbook bench packing`."""
 
     domain: str = Field("wiki", description="whose documents; see mptbook corpora")
@@ -82,13 +80,6 @@ class BenchPacking(RunSettings):
     batch_rows: PositiveInt = Field(4, description="rows of a step")
     steps: PositiveInt = Field(4, description="training steps that are timed at once")
     repeats: PositiveInt = Field(5, description="rounds; the median is taken")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
-
-    def run(self) -> None:
-        results = {"machine": machine()} | self.compare()
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
 
     def compare(self) -> dict:
         """The figures, as JSON has them: for each way rows, filling, and targets a second."""

@@ -14,32 +14,27 @@ from tempfile import TemporaryDirectory
 
 from pydantic import Field, PositiveInt
 
-from mptbook.bench.measure import in_turns, machine, noise, save
+from mptbook.bench.measure import Bench, in_turns, noise
 from mptbook.data.corpora import default_domains, load_domain, read_domain
 from mptbook.data.prepare import Prepare, prepare
-from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 BOUND = "tokenizers alone"
 
 
-class BenchPrepare(RunSettings):
+class BenchPrepare(Bench):
     """Texts to rows on disk, megabytes per second: `mptbook bench prepare`."""
 
     tokenizer: str = Field("gpt-neox", description="gpt-neox, a tokenizer.json, or a hub name")
     domains: list[str] = Field([], description="default domains to prepare; none: all")
     repeats: PositiveInt = Field(5, description="rounds; the median is taken")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
 
-    def run(self) -> None:
+    def compare(self) -> dict:
+        """Seconds, MB/s, and the share of the bound, for each way."""
         with TemporaryDirectory() as scratch:
-            results = {"machine": machine()} | self.compare(Path(scratch))
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
+            return self._compare(Path(scratch))
 
-    def compare(self, scratch: Path) -> dict:
-        """The figures, as JSON has them: seconds, MB/s, and the share of the bound."""
+    def _compare(self, scratch: Path) -> dict:
         domains = self.domains or list(default_domains())
         tokenizer = Tokenizer.load(self.tokenizer)
         source = {name: str(_written(name, scratch)) for name in domains}

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from mptbook.bench.measure import machine, save
+from mptbook.bench.measure import Bench
 from mptbook.bench.peers import OURS, PEERS
 from mptbook.bench.racer import (
     SCHEDULE_STEPS,
@@ -23,7 +23,6 @@ from mptbook.bench.racer import (
 )
 from mptbook.bench.training import tiny_run
 from mptbook.bench.workers import Worker
-from mptbook.settings import RunSettings
 from mptbook.train.pretrain import Pretrain
 from mptbook.train.run import Run
 
@@ -201,7 +200,7 @@ def show(results: list[dict], peers: dict[str, dict | None]) -> None:
         )
 
 
-class BenchSpeedrun(RunSettings):
+class BenchSpeedrun(Bench):
     """Held-out loss after the same time of training: `mptbook bench speedrun`."""
 
     data: Path = Field(description="folder that mptbook prepare wrote, with rows of 256 tokens")
@@ -217,7 +216,6 @@ class BenchSpeedrun(RunSettings):
     characters: PositiveInt = Field(
         65_536, description="of each held-out domain for these; all of it at the end"
     )
-    out: Path | None = Field(None, description="where to write the figures as JSON")
 
     @field_validator("contestants")
     @classmethod
@@ -228,13 +226,6 @@ class BenchSpeedrun(RunSettings):
         if OURS not in names:
             raise ValueError(f"{OURS} must be one of them: the others are compared with it")
         return list(dict.fromkeys(names))
-
-    def run(self) -> None:
-        results = {"machine": machine()} | self.compare()
-        show(results["trainings"], results["peers"])
-        if self.out is not None:
-            save(results, self.out)
-            print(f"\nwritten to {self.out}")
 
     def compare(self) -> dict[str, Any]:
         """The figures, as JSON has them."""
@@ -247,6 +238,8 @@ class BenchSpeedrun(RunSettings):
             look_seconds=self.look_seconds,
             characters=self.characters,
         )
+        peers = beside_peers(trainings, self.rates)
+        show(trainings, peers)
         parts = {"model", "shape", "batch_tokens", "seed", "precision", "guard"}
         return {
             "settings": self.model_dump(mode="json", exclude={"data", "out"}),
@@ -257,5 +250,5 @@ class BenchSpeedrun(RunSettings):
             | {"optim": scheduled(recipe).model_dump(mode="json")},
             "peer_optim": peer_optim(1.0).model_dump(mode="json", exclude={"lr"}),
             "trainings": trainings,
-            "peers": beside_peers(trainings, self.rates),
+            "peers": peers,
         }

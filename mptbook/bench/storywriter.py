@@ -5,7 +5,8 @@ StoryWriter's recipe in small: mpt-tiny learns on rows of 512 tokens, then goes 
 loss by position, retrieval, and what each writes after a whole novel.
 
 Texts of a few megabytes teach a small model nothing that lies thousands of tokens back. So a
-fifth of what it reads are echoes: lines out of the other texts, most of which come again.
+fifth of what it reads in short rows are echoes: lines out of the other texts, most of which come
+again.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
-from mptbook.bench.measure import machine, save
+from mptbook.bench.measure import Bench
 from mptbook.data.corpora import default_domains, load_domain
 from mptbook.data.prepare import DEFAULT, Prepare, prepare
 from mptbook.data.shards import read_table
@@ -24,7 +25,7 @@ from mptbook.directory import load_model
 from mptbook.eval.longcontext import examine
 from mptbook.infer.generate import generate
 from mptbook.model.mpt import MPT
-from mptbook.settings import CONFIGS, RunSettings
+from mptbook.settings import CONFIGS
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.log import read_log
@@ -67,7 +68,7 @@ def echoes(
         yield "\n".join(lines) + "\n"
 
 
-class BenchStoryWriter(RunSettings):
+class BenchStoryWriter(Bench):
     """Train on short rows, then on long ones, and read books: `mptbook bench storywriter`."""
 
     tokenizer: str = Field(description="a tokenizer.json of mpt-tiny's 8,192 ids")
@@ -82,13 +83,6 @@ class BenchStoryWriter(RunSettings):
     spans: PositiveInt = Field(32, description="parts of each book to find the loss of")
     questions: PositiveInt = Field(40, description="at each length and place")
     new_tokens: PositiveInt = Field(120, description="of an ending")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
-
-    def run(self) -> None:
-        results = {"machine": machine()} | self.compare()
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
 
     def compare(self) -> dict:
         """The figures, as JSON has them."""
@@ -96,7 +90,7 @@ class BenchStoryWriter(RunSettings):
         domains = [*default_domains(), ECHOES]
         self._prepare(rows, domains)
         keep_freed_memory()
-        how = {"data": rows, "resume": self.home.exists()}
+        how = {"data": rows, "resume": True}
         recipes = {
             SHORT: Pretrain.from_toml(
                 CONFIGS / "tiny.toml",

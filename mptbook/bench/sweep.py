@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mptbook.bench.measure import machine, save
+from mptbook.bench.measure import Bench
 from mptbook.bench.positions import loss_by_length
 from mptbook.bench.training import heldout_ids, tiny_run, train
 from mptbook.data.loader import Rows
@@ -23,7 +23,7 @@ from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.optim.groups import decay_groups
 from mptbook.optim.lion import Lion
-from mptbook.settings import RunSettings, cache_dir
+from mptbook.settings import cache_dir
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 
@@ -127,7 +127,7 @@ def compare(data: str | Path, *, steps: int = 400, seeds: int = 2) -> dict:
     }
 
 
-class BenchSweep(RunSettings):
+class BenchSweep(Bench):
     """Three optimizers over learning rates and weight decays: `mptbook bench sweep`."""
 
     data: Path | None = Field(
@@ -135,11 +135,7 @@ class BenchSweep(RunSettings):
     )
     steps: PositiveInt = Field(400, description="steps of each training")
     seeds: PositiveInt = Field(2, description="trainings with each setting")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
 
-    def run(self) -> None:
+    def compare(self) -> dict:
         data = self.data or small_rows(cache_dir() / "runs" / "sweep")
-        results = {"machine": machine()} | compare(data, steps=self.steps, seeds=self.seeds)
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
+        return compare(data, steps=self.steps, seeds=self.seeds)

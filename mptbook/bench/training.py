@@ -6,35 +6,24 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mptbook.bench.measure import machine, save
+from mptbook.bench.measure import Bench
 from mptbook.data.corpora import load_domain
 from mptbook.data.loader import Rows, batches
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.settings import CONFIGS, RunSettings
+from mptbook.settings import CONFIGS
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.loop import StepLog, train_steps
 from mptbook.train.optimizer import Optim, make_optimizer
 from mptbook.train.pretrain import Pretrain
 
 
-class TrainingBench(RunSettings):
+class TrainingBench(Bench):
     """What a bench can be told that trains mpt-tiny in several ways."""
 
     data: Path = Field(description="folder that mptbook prepare wrote, with rows of 256 tokens")
     steps: PositiveInt = Field(1000, description="training steps of each")
     seeds: PositiveInt = Field(2, description="trainings of each")
-    out: Path | None = Field(None, description="where to write the figures as JSON")
-
-    def compare(self) -> dict:
-        """The figures, as JSON has them."""
-        raise AssertionError(f"{type(self).__name__} does not say what it compares")
-
-    def run(self) -> None:
-        results = {"machine": machine()} | self.compare()
-        if self.out is not None:
-            save(results, self.out)
-            print(f"written to {self.out}")
 
 
 def tiny_run() -> Pretrain:

@@ -66,11 +66,6 @@ class Curriculum:
             self.starts.append(self.steps)
             self.steps += before.tokens // before.batch_tokens
 
-    def at(self, step: int) -> Stage:
-        """The stage in which a step is taken, counted from 0."""
-        number = sum(start <= step for start in self.starts) - 1
-        return self.stages[number]
-
     def parts(self, start: int) -> Iterator[tuple[int, Stage, int, int]]:
         """What is left after `start` steps: number and stage, its first step and the one after
         its last."""

@@ -74,5 +74,5 @@ def test_every_training_is_read_at_both_lengths_before_and_after(two, small, mon
 
 
 def test_data_of_other_domains_is_refused(data):
-    with pytest.raises(ValueError, match=r"row of 256|has no domain|not a multiple"):
+    with pytest.raises(ValueError, match="has no domain code, novels, plays, wiki; it has hares"):
         compare(data)

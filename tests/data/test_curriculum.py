@@ -11,7 +11,8 @@ MPT_30B = [  # with rows a hundredth as many
 def test_stages_follow_one_another_by_their_tokens():
     curriculum = Curriculum(MPT_30B)
     assert (curriculum.steps, curriculum.starts) == (1000 + 125, [0, 1000])
-    assert [curriculum.at(step).row_tokens for step in (0, 999, 1000, 1124)] == [20, 20, 80, 80]
+    parts = [(stage.row_tokens, first, end) for _, stage, first, end in curriculum.parts(0)]
+    assert parts == [(20, 0, 1000), (80, 1000, 1125)]
 
 
 def test_what_a_stage_leaves_open_is_as_in_the_stage_before():
