@@ -12,6 +12,7 @@ VERBS = {
     "prepare": ("mptbook.data.prepare", "Prepare", "turn texts into packed rows of tokens"),
     "pretrain": ("mptbook.train.pretrain", "Pretrain", "train a model"),
     "history": ("mptbook.train.history", "History", "what happened to a run"),
+    "consolidate": ("mptbook.train.snapshot", "Consolidate", "a model directory of a checkpoint"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
     "longcontext": ("mptbook.eval.longcontext", "LongContext", "what a model makes of long texts"),
@@ -64,10 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, Ended) as error:
         if os.environ.get("MPTBOOK_TRACEBACK"):
             raise
-        if str(error):
+        if str(error) and _speaks(error):
             print(f"error: {error}", file=sys.stderr)
         return _exit_code(error)
     return 0
+
+
+def _speaks(error: Exception) -> bool:
+    """Whether the line is for this process to print, of those that torchrun started."""
+    if "RANK" not in os.environ:
+        return True
+    from mptbook import world  # imports torch, which a misspelt setting need not wait for
+
+    return world.speaks(error)
 
 
 def _exit_code(error: Exception) -> int:

@@ -209,11 +209,11 @@ class MPTForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def gradient_checkpointing(self) -> bool:
         """Switched by `gradient_checkpointing_enable`, under transformers' name for it."""
-        return self.mpt.recompute
+        return bool(self.mpt.recompute)
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
-        self.mpt.recompute = enable
+        self.mpt.recompute = int(enable)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

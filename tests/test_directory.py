@@ -235,7 +235,7 @@ def test_saving_that_fails_leaves_the_old_model(saved, monkeypatch):
     def fails(*_args, **_kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mptbook.directory.save_file", fails)
+    monkeypatch.setattr("mptbook.weights.save_file", fails)
     with pytest.raises(OSError, match="no space left"):
         save_model(build(SHAPE.replace(n_layers=1)), saved)
     assert_same(load_model(saved), build())

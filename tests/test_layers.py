@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "mptbook"
-ORDER = """settings wheels tokenizer data model directory hf infer eval optim train
-    finetune export serve plan bench __main__""".split()
+ORDER = """settings world wheels tokenizer data model weights directory fsdp hf infer eval optim
+    train finetune export serve plan bench __main__""".split()
 
 
 def rooms_imported(path):

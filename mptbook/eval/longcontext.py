@@ -78,7 +78,7 @@ def loss_by_position(
 def _span_loss(model: MPT, rows: Tensor, span_tokens: int, precision: Precision) -> Tensor:
     """Nats of the last tokens of each row, (B, span_tokens)."""
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     cache = KVCache(model.config.n_layers)
     x, y = rows[:, :-1].to(device), rows[:, -span_tokens:].to(device)
     with autocast(device, precision):
@@ -95,7 +95,7 @@ def _losses(
 ) -> Iterator[Tensor]:
     """Nats of each token but the first, piece by piece; `cache` has them all but the last."""
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     text = torch.tensor([list(ids)], device=device)
     x, y = text[:, :-1], text[:, 1:]
     with autocast(device, precision):

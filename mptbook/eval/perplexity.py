@@ -7,13 +7,16 @@ Dimensions in this file
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
+from mptbook import world
 from mptbook.data.packing import concatenate_and_cut
-from mptbook.directory import find_directory, load_model
+from mptbook.directory import find_directory
+from mptbook.fsdp import Sharding, load_sharded
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision, autocast
 from mptbook.settings import RunSettings
@@ -69,7 +72,8 @@ def perplexity(
     """What `texts` cost `model`, read in rows as it was trained.
 
     Every token of every text is predicted exactly once, and an end-of-text after each. A
-    token sees what stands before it in its row, up to T - 1 tokens.
+    token sees what stands before it in its row, up to T - 1 tokens. Where several processes
+    work together, all call this with the same texts, share the rows, and get the same answer.
 
     Args:
         row_tokens: T; the model's `max_seq_len` if not given.
@@ -82,7 +86,6 @@ def perplexity(
     if not any(texts):
         raise ValueError("there is no text to predict")
     row_tokens = row_tokens or model.config.max_seq_len
-    device = next(model.parameters()).device
     # An end-of-text in front, so that the first token is predicted too.
     documents = [[], *tokenizer.encode_batch(texts)]
     rows, rest = concatenate_and_cut(documents, row_tokens, tokenizer.end_of_text)
@@ -91,12 +94,16 @@ def perplexity(
         blocks.append(torch.from_numpy(rest).long()[None])
     model.eval()
     nats = 0.0
-    targets = 0
-    for block in blocks:
-        x, y = block[:, :-1].to(device), block[:, 1:].to(device)
-        with autocast(device, precision):
-            nats += float(model.loss(x, y))
-        targets += y.numel()
+    own = blocks[world.rank() :: world.size()]
+    for turn in range(-(-len(blocks) // world.size())):
+        # Who has no more takes part for the others' sake: parts of the weights are with it.
+        block = own[turn] if turn < len(own) else blocks[0]
+        x, y = block[:, :-1].to(model.device), block[:, 1:].to(model.device)
+        with autocast(model.device, precision):
+            loss = float(model.loss(x, y))
+        nats += loss if turn < len(own) else 0.0
+    targets = sum(block[:, 1:].numel() for block in blocks)
+    (nats,) = world.total([nats], model.device)
     return Prediction(nats, targets, sum(len(text.encode()) for text in texts))
 
 
@@ -110,16 +117,28 @@ class Evaluate(RunSettings):
         {}, description="domain=SOURCE; without any, the default domains (see mptbook corpora)"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
+    fsdp: Sharding = Sharding()
+    device: str = Field("auto", description="cpu, cuda, or auto")
+    patience: PositiveInt = Field(
+        600, description="seconds that a process waits for another, under torchrun"
+    )
 
     def run(self) -> None:
+        device = world.device(self.device)
+        with world.joined(device, self.patience):
+            model = load_sharded(self.model, self.fsdp, device)
+            self._evaluate(model, Tokenizer.load(find_directory(self.model)))
+
+    def _evaluate(self, model: MPT, tokenizer: Tokenizer) -> None:
         from mptbook.data.corpora import default_domains, load_domain  # most of a second
 
-        model = load_model(self.model)
-        tokenizer = Tokenizer.load(find_directory(self.model))
         total = Prediction(0.0, 0, 0)
         for name, source in (self.source or dict.fromkeys(default_domains())).items():
-            texts = load_domain(name, "heldout", source)["text"][:]
+            load = partial(load_domain, name, "heldout", source)
+            texts = world.from_first(lambda load=load: load()["text"][:])
             found = perplexity(model, tokenizer, texts, precision=self.precision)
             total += found
-            print(f"{name}: {found.bits_per_byte:.3f} bits per byte ({found.bytes:,} bytes)")
-        print(f"all: {total.bits_per_byte:.3f} bits per byte")
+            if world.rank() == 0:
+                print(f"{name}: {found.bits_per_byte:.3f} bits per byte ({found.bytes:,} bytes)")
+        if world.rank() == 0:
+            print(f"all: {total.bits_per_byte:.3f} bits per byte")

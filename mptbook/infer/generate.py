@@ -115,7 +115,7 @@ def next_tokens(
     """
     check_sampling(temperature, top_k, top_p)
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     ids, documents = left_pad(prompts)
     ids = ids.to(device)

@@ -79,22 +79,23 @@ class MPT(nn.Module):
         config: the shape.
 
     Attributes:
-        recompute: run each block's forward again in the backward pass instead of keeping its
-            activations. Slower by a third, and the memory of one block instead of all.
+        recompute: of every so many blocks one keeps no activations, and runs forward again in
+            the backward pass; 1 is all blocks (slower by a third), 0 none.
     """
 
     def __init__(self, config: MPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
-        self.transformer = Transformer(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        # On the CPU even while the weights are only described (device "meta").
-        with torch.device("cpu"):
-            slopes = slopes_of(config)
-        self.register_buffer("slopes", slopes, persistent=False)
-        if self.transformer.wte.weight.device.type != "meta":
+        self.recompute = 0
+        device = torch.get_default_device()
+        with torch.device("meta"):  # PyTorch would fill every weight, only to be filled again
+            self.transformer = Transformer(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        with torch.device("cpu"):  # also while the weights are only described
+            self.register_buffer("slopes", slopes_of(config), persistent=False)
+        if device.type != "meta":
+            self.to_empty(device=device)
             initialise(self, config)
 
     def _apply(self, fn, recurse=True):
@@ -109,17 +110,18 @@ class MPT(nn.Module):
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.slopes.device
+
+    @property
     def head(self) -> nn.Parameter:
         """(V, D): the weight that turns the last norm's output into logits."""
-        return (
-            self.transformer.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        )
+        owner = self.transformer.wte if self.config.tie_word_embeddings else self.lm_head
+        return owner.weight
 
     def forward(
-        self,
-        ids: Tensor,
-        documents: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        self, ids: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """Logits of the next token at every given position.
 
@@ -140,22 +142,23 @@ class MPT(nn.Module):
         return self.logits(self.hidden(ids, documents, cache))
 
     def hidden(
-        self,
-        ids: Tensor,
-        documents: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        self, ids: Tensor, documents: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """(B, Tq, D): the output of the last norm; arguments as for `forward`."""
-        self._check(ids)
+        if ids.dim() != 2:
+            raise ValueError(
+                f"ids have the shape {tuple(ids.shape)}; the model reads (batch, tokens)"
+            )
         transformer = self.transformer
         x = transformer.wte(ids)
         if self.config.has_positions:
             n_keys = ids.shape[1] + (len(cache) if cache is not None else 0)
             x = x + transformer.wpe(self._positions(ids, n_keys, documents))
         x = transformer.dropout(x)
-        for block in transformer.blocks:
-            # A cache would be extended once more by the second forward.
-            if self.recompute and cache is None and torch.is_grad_enabled():
+        # A cache would be extended once more by a second forward.
+        every = self.recompute if cache is None and torch.is_grad_enabled() else 0
+        for number, block in enumerate(transformer.blocks):
+            if every and number % every == 0:
                 x = checkpoint(block, x, self.slopes, documents, cache, use_reentrant=False)
             else:
                 x = block(x, self.slopes, documents, cache)
@@ -197,9 +200,3 @@ class MPT(nn.Module):
                 f"max_seq_len={self.config.max_seq_len}; shorten the text, or use ALiBi"
             )
         return position
-
-    def _check(self, ids: Tensor) -> None:
-        if ids.dim() != 2:
-            raise ValueError(
-                f"ids have the shape {tuple(ids.shape)}; the model reads (batch, tokens)"
-            )

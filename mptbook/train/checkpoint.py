@@ -1,104 +1,85 @@
 """Checkpoints of a run: everything that the next step depends on, in `step-000480/`.
 
-Each is a model directory with three files more:
-
-    optimizer.safetensors   the optimizer's state by the name of the weight, and the random state
-    state.json              the step, the guard's state, what the run was made with
-    SHA256SUMS              a digest of every file, as `sha256sum --check` reads it
-
-It is written under another name, synchronised to the disk and renamed when it is whole, so a
-killed run never leaves half of one under its final name. What the disk does to it later, the
-digests tell. Nothing in it is a pickle.
+Each holds the files of a `Snapshot` and a `SHA256SUMS`, a digest of every file, as
+`sha256sum --check` reads it. It is written under another name, synchronised to the disk and
+renamed when it is whole, so a killed run never leaves half of one under its final name. What the
+disk does to it later, the digests tell.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import torch.distributed as dist
 
-from mptbook.directory import load_model, save_model, write_tensors
-from mptbook.model.mpt import MPT
-from mptbook.tokenizer.tokenizer import Tokenizer
+from mptbook import world
+from mptbook.train.snapshot import Snapshot
 
-FORMAT = 2
 NAME = re.compile(r"step-(\d{6,})")
 SUMS = "SHA256SUMS"
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A run as it was after a step, in memory of its own."""
+def write_checkpoint(
+    snapshot: Snapshot, run: Path, keep: int, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Write `run/step-...`, then remove all but the newest `keep` checkpoints.
 
-    step: int
-    model: MPT
-    tensors: dict[str, Tensor]  # of the optimizer, and random states
-    tokenizer: Tokenizer
-    state: dict
+    Args:
+        group: of all processes, for nothing else at the time; None for a process alone.
 
-    @classmethod
-    def take(
-        cls,
-        step: int,
-        model: MPT,
-        optimizer: torch.optim.Optimizer,
-        tokenizer: Tokenizer,
-        guard: Mapping,
-        made_with: Mapping,
-    ) -> Self:
-        """Copy what training is about to change.
+    Raises:
+        OSError: in every process, if it cannot be written; those before it are still there.
+    """
+    final = run / f"step-{snapshot.step:06d}"
+    partial = run / f"partial-{snapshot.step:06d}"
 
-        Args:
-            guard: `Guard.state_dict()`.
-            made_with: what must be equal at a resume, as JSON has it.
-        """
-        with torch.device("meta"):
-            copied = MPT(model.config)
-        weights = {name: _copy(weight) for name, weight in model.state_dict().items()}
-        copied.load_state_dict(weights, assign=True)
-        tensors = {
-            f"{name}:{key}": _copy(value)
-            for name, weight in model.named_parameters()
-            for key, value in optimizer.state[weight].items()
-        }
-        state = {"format": FORMAT, "step": step, "guard": guard, "made_with": made_with}
-        return cls(step, copied, tensors | _random_states(), tokenizer, state)
-
-    def write(self, run: Path, keep: int) -> Path:
-        """Write `run/step-...`, then remove all but the newest `keep` checkpoints.
-
-        Raises:
-            OSError: if it cannot be written; the checkpoints before it are still there.
-        """
-        final = run / f"step-{self.step:06d}"
-        partial = run / f"partial-{self.step:06d}"
+    def begin() -> None:
         remove_partial(run)
-        try:
-            save_model(self.model, partial, self.tokenizer)
-            write_tensors(self.tensors, partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps(self.state, indent=1) + "\n")
-            sums = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
-            (partial / SUMS).write_text("".join(sums))
-            for file in [*partial.iterdir(), partial]:
-                _synchronize(file)
-        except OSError:
-            remove_partial(run)  # to give back the room it took
-            raise
+        partial.mkdir(parents=True)
+
+    def end() -> None:
+        for name in sums:
+            if not (partial / name).is_file():
+                raise OSError(
+                    f"{partial / name} was written by another process and is not seen here; the "
+                    "run directory must lie on a disk that all machines share"
+                )
+        lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+        (partial / SUMS).write_text("".join(lines))
+        for file in [*partial.iterdir(), partial]:
+            _synchronize(file)
         assert not final.exists(), f"{final} is there, but the run had not come so far"
         partial.rename(final)
         _synchronize(run)
         for old in checkpoints(run)[:-keep]:
             shutil.rmtree(old)
-        return final
+
+    try:
+        world.from_first(begin, group)
+        snapshot.write(partial, group)
+        sums = world.together(lambda: _own_sums(partial), group)
+        world.from_first(end, group)
+    except OSError:
+        if world.rank() == 0:
+            remove_partial(run)  # to give back the room it took
+        raise
+    return final
+
+
+def _own_sums(partial: Path) -> dict[str, str]:
+    """The digests of the files that this process wrote; the first looks at all but parts."""
+    own = f"shard-{world.rank() + 1:05d}-"
+    files = [
+        file
+        for file in partial.iterdir()
+        if file.name.startswith(own) or (world.rank() == 0 and not file.name.startswith("shard-"))
+    ]
+    return {file.name: _digest(file) for file in files}
 
 
 class Writer:
@@ -107,17 +88,20 @@ class Writer:
     Args:
         run: the run directory.
         keep: checkpoints kept there, the newest ones.
+        seconds: how long a process waits for another.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
+    def __init__(self, run: Path, keep: int, seconds: float = 600) -> None:
         self._run, self._keep = run, keep
+        # The threads of all processes talk to each other while training does.
+        self._group = world.group(seconds) if world.size() > 1 else None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future[Path]] | None = None
 
     def write(self, snapshot: Snapshot) -> None:
         """Begin to write; the one before must have been asked for by `outcomes`."""
         assert self._pending is None
-        future = self._pool.submit(snapshot.write, self._run, self._keep)
+        future = self._pool.submit(write_checkpoint, snapshot, self._run, self._keep, self._group)
         self._pending = snapshot.step, future
 
     def outcomes(self, wait: bool = False) -> Iterator[tuple[int, Path | OSError]]:
@@ -126,7 +110,7 @@ class Writer:
         Args:
             wait: for the end of one that is being written.
         """
-        if self._pending is None or not (wait or self._pending[1].done()):
+        if self._pending is None or not (wait or world.all_say(self._pending[1].done())):
             return
         step, future = self._pending
         self._pending = None
@@ -182,75 +166,57 @@ def damage(path: Path) -> str:
     return ""
 
 
-def load_checkpoint(
-    path: Path, model: MPT, optimizer: torch.optim.Optimizer, made_with: Mapping
-) -> dict:
-    """Restore weights, optimizer and random state in place.
-
-    Args:
-        made_with: as for `Snapshot.take`.
+def newest_good(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, and the damaged ones after it with what is wrong.
 
     Returns:
-        The checkpoint's state: ``step`` and ``guard`` among others.
+        None for a run that has no checkpoint at all.
 
     Raises:
-        ValueError: if the checkpoint is of a newer format, of a model of another shape, or was
-            made with something else; model and optimizer are as they were.
+        ValueError: if there are checkpoints, but none is good.
     """
-    state = json.loads((path / "state.json").read_text())
-    if state["format"] != FORMAT:
+    damaged = []
+    for path in reversed(checkpoints(run)):
+        what = damage(path)
+        if not what:
+            return path, damaged
+        damaged.append((path, what))
+    if damaged:
+        every = "; ".join(f"{path.name}: {what}" for path, what in damaged)
         raise ValueError(
-            f"{path} has format {state['format']}, this version of mptbook reads format {FORMAT}; "
-            "resume with the version that wrote it"
+            f"{run} has no checkpoint that is whole ({every}); start again with another --out"
         )
-    saved = load_model(path)
-    if saved.config != model.config:
-        raise ValueError(
-            f"{path} holds a model of another shape ({_difference(saved.config, model.config)}); "
-            "resume with the settings in run.toml"
-        )
-    for name, value in made_with.items():
-        then = state["made_with"].get(name)
-        if then != value:
-            raise ValueError(
-                f"{path} was made with {name}={str(then)[:12]} and not {str(value)[:12]}; resume "
-                "with the settings in run.toml, or choose another --out"
-            )
-    model.load_state_dict(saved.state_dict())
-    tensors = load_file(path / "optimizer.safetensors")
-    _restore_random_states(tensors)
-    for name, weight in model.named_parameters():
-        prefix = f"{name}:"
-        optimizer.state[weight] = {
-            key.removeprefix(prefix): _like(value, weight)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-    return state
+    return None, []
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def good_before(run: Path, at_most: int) -> Path:
+    """The newest checkpoint that is whole of a step up to `at_most`; else the oldest one.
+
+    Raises:
+        ValueError: if no checkpoint is good.
+    """
+    good = [path for path in checkpoints(run) if not damage(path)]
+    if not good:
+        raise ValueError(f"{run} has no checkpoint that is whole; start again with another --out")
+    early = [path for path in good if step_of(path) <= at_most]
+    return early[-1] if early else good[0]
 
 
-def _like(value: Tensor, weight: Tensor) -> Tensor:
-    """State lives where its weight does; AdamW's counter of steps stays on the CPU."""
-    return value.to(weight.device) if value.dim() else value.clone()
+def tidy(run: Path, damaged: list[tuple[Path, str]]) -> None:
+    """Give damaged checkpoints another name, and remove half written ones."""
+    for path, _ in damaged:
+        target = path.with_name(f"damaged-{path.name}")
+        if target.exists():
+            shutil.rmtree(target)
+        path.rename(target)
+    remove_partial(run)
 
 
-def _random_states() -> dict[str, Tensor]:
-    states = {"random:cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for n, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"random:cuda:{n}"] = state
-    return states
-
-
-def _restore_random_states(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random:cpu"])
-    for n in range(torch.cuda.device_count()):
-        if f"random:cuda:{n}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random:cuda:{n}"], n)
+def remove_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for newer in checkpoints(run):
+        if step_of(newer) > step:
+            shutil.rmtree(newer)
 
 
 def _digest(file: Path) -> str:
@@ -265,11 +231,3 @@ def _synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _difference(a, b) -> str:
-    return ", ".join(
-        f"{name} {getattr(a, name)} and not {getattr(b, name)}"
-        for name in vars(a)
-        if getattr(a, name) != getattr(b, name)
-    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mptbook import world
 from mptbook.data.curriculum import Curriculum, Stage
 from mptbook.data.loader import Drawn, Rows, batches, drawn
 from mptbook.data.mixture import Mixture
@@ -17,7 +18,7 @@ class Feed:
         data: folder that `mptbook prepare` wrote.
         seed: of the order of the rows. Each stage shuffles anew, so what one has read may come
             again in the next.
-        micro_batch_tokens: tokens at once; None takes whole batches.
+        micro_batch_tokens: tokens that a process takes at once; None takes its part of a batch.
         repeat: whether a row may come twice in a stage.
 
     Raises:
@@ -54,7 +55,8 @@ class Feed:
 
     def accumulate(self, number: int) -> int:
         """Micro-batches of a step in stage `number`, counted from 0."""
-        return self.curriculum.stages[number].batch_tokens // self._at_once[number]
+        at_once = self._at_once[number] * world.size()
+        return self.curriculum.stages[number].batch_tokens // at_once
 
     def batches(
         self,
@@ -64,7 +66,8 @@ class Feed:
         skipped: Sequence[int] = (),
         end_of_text: int | None = None,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The micro-batches of stage `number`; see `mptbook.data.loader.batches`.
+        """The micro-batches of stage `number` for this process; all together take the rows
+        that one alone would. See `mptbook.data.loader.batches`.
 
         Args:
             start: steps of the whole run that are taken.
@@ -74,12 +77,14 @@ class Feed:
         rows = self.rows[number]
         return batches(
             rows,
-            self._at_once[number] // rows.row_tokens,
+            self._at_once[number] * world.size() // rows.row_tokens,
             seed=self._key(number),
             mixture=self._mixtures[number],
             start=(start - first) * n,
             skipped=[(place - first) * n + part for place in skipped for part in range(n)],
             end_of_text=end_of_text,
+            rank=world.rank(),
+            world=world.size(),
         )
 
     def drawn(self, number: int) -> list[Drawn]:
@@ -118,17 +123,28 @@ def _know(rows: Rows, mixture: Mixture | None) -> None:
 
 
 def _at_once(batch_tokens: int, row_tokens: int, micro_batch_tokens: int | None) -> int:
-    """Tokens of a micro-batch."""
-    at_once = micro_batch_tokens or batch_tokens
+    """Tokens of a micro-batch of one process."""
+    processes = world.size()
+    share, rest = divmod(batch_tokens, row_tokens * processes)
+    if rest:
+        raise ValueError(
+            f"batch_tokens={batch_tokens} is {batch_tokens // row_tokens} rows of {row_tokens}, "
+            f"which {processes} processes cannot share; take a multiple of "
+            f"{row_tokens * processes} tokens, or another number of processes"
+        )
+    share *= row_tokens
+    at_once = micro_batch_tokens or share
     if at_once % row_tokens:
         below = max(row_tokens, at_once - at_once % row_tokens)
         raise ValueError(
             f"micro_batch_tokens={at_once} is not a multiple of the {row_tokens} tokens of a "
             f"row; take {below}"
         )
-    if batch_tokens % at_once:
+    if share % at_once:
+        below = max(at_once, share - share % at_once) * processes
         raise ValueError(
-            f"batch_tokens={batch_tokens} is not a multiple of "
-            f"micro_batch_tokens={micro_batch_tokens}; take {batch_tokens - batch_tokens % at_once}"
+            f"batch_tokens={batch_tokens} is not a multiple of micro_batch_tokens="
+            f"{micro_batch_tokens}{f' on each of {processes} processes' if processes > 1 else ''}; "
+            f"take {below}"
         )
     return at_once

@@ -14,9 +14,9 @@ from collections import deque
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from mptbook import world
 from mptbook.data.loader import place
 from mptbook.settings import Ended
 
@@ -71,11 +71,8 @@ class Guard:
             device: where the processes exchange a number.
         """
         reason = self._reason(loss, grad_norm)
-        if dist.is_available() and dist.is_initialized():
-            refusals = torch.tensor(float(bool(reason)), device=device)
-            dist.all_reduce(refusals)
-            if refusals and not reason:
-                reason = "another process refused it"
+        if world.total([bool(reason)], device) != [0] and not reason:
+            reason = "another process refused it"
         if reason:
             self.refused += 1
         else:

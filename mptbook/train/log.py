@@ -17,6 +17,7 @@ targets, seconds since the run began or was resumed, and refused: why the step w
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -68,11 +69,12 @@ class RunLog:
         run: the run directory.
         steps: steps of the whole run.
         start: steps taken before a resume.
+        quiet: neither write nor show anything, as all processes but the first do.
     """
 
-    def __init__(self, run: Path, steps: int, start: int = 0) -> None:
-        path = run / "log.jsonl"
-        if path.exists():
+    def __init__(self, run: Path, steps: int, start: int = 0, quiet: bool = False) -> None:
+        path = Path(os.devnull) if quiet else run / "log.jsonl"
+        if path.exists() and not quiet:
             with path.open("rb+") as torn:
                 torn.truncate(len(_whole_lines(path.read_bytes())))
         # Line by line, so that a killed run has lost nothing that it said.
@@ -81,7 +83,7 @@ class RunLog:
         self._steps, self._taken = steps, 0
         self._losses: deque[float] = deque(maxlen=50)
         self._tokens = 0
-        self._terminal = sys.stdout.isatty()
+        self._quiet, self._terminal = quiet, sys.stdout.isatty() and not quiet
         self._bar = Progress(
             BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), transient=True
         )
@@ -107,7 +109,7 @@ class RunLog:
             self._bar.update(self._task, completed=log.step, description=line)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             left = seconds / self._taken * (self._steps - log.step)
-            print(f"{line}  {left:.0f} s left", flush=True)
+            self._print(f"{line}  {left:.0f} s left")
             self._last_line = time.monotonic()
 
     def stage(self, first: int, stage: Stage, domains: list[Drawn]) -> None:
@@ -142,6 +144,10 @@ class RunLog:
         if self._terminal:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        if not self._quiet:
             print(line, flush=True)
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptbook import world
 from mptbook.data.packing import IGNORE
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision, autocast
@@ -47,15 +48,17 @@ def train_steps(
     whose loss or gradient is not finite is never taken; its log says so.
 
     Args:
-        model: an `MPT`, or any module that turns ids (B, T) into logits (B, T, V).
+        model: an `MPT`, or any module that turns ids (B, T) into logits (B, T, V). Where several
+            processes train together, one of `mptbook.fsdp.shard`.
         batches: yields (inputs, targets) or (inputs, targets, documents), int64 (B, T); a
-            target of -100 costs nothing.
+            target of -100 costs nothing. Each process has rows of its own.
         schedule: learning rate for a step number, counted from 0. A parameter group with an
             `lr_factor` gets that multiple of it.
         steps: number of the last step, so that `steps - start` are taken.
         start: steps taken before, when a run is resumed.
         accumulate: batches per step. Losses are summed and divided by the number of
-            targets of the whole step, so short rows do not weigh more than long ones.
+            targets of the whole step, over all processes, so short rows do not weigh more
+            than long ones.
         clip: largest gradient norm allowed.
         precision: of products; see `mptbook.model.precision.autocast`.
         guard: refuses steps; None refuses only what is not finite.
@@ -63,13 +66,14 @@ def train_steps(
     Raises:
         ValueError: if `precision` is unknown, or a step has no target at all.
     """
-    device = next(model.parameters()).device
+    device = model.device if isinstance(model, MPT) else next(model.parameters()).device
     computing = autocast(device, precision)
     guard = guard or Guard()
     for step in range(start, steps):
         model.train()
         group = [[part.to(device) for part in next(batches)] for _ in range(accumulate)]
-        targets = sum(int((y != IGNORE).sum()) for _, y, *_ in group)
+        own_targets = sum(int((y != IGNORE).sum()) for _, y, *_ in group)
+        targets = int(world.total([own_targets], device)[0])
         if targets == 0:
             raise ValueError(f"the batches of step {step + 1} have no target: all are {IGNORE}")
         losses = []
@@ -78,10 +82,11 @@ def train_steps(
                 loss = sum_of_losses(model, x, y, *documents)
             (loss / targets).backward()
             losses.append(loss.detach())
-        loss = float(torch.stack(losses).sum() / targets)
+        (loss,) = world.total([float(torch.stack(losses).sum() / targets)], device)
         weights = list(model.parameters())
         # Looked at before clipping, which would spread one NaN over every gradient.
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
         refused = guard.judge(loss, float(norm), device)
         lr = schedule(step)
         if not refused:

@@ -7,8 +7,9 @@ from signal import SIGINT
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
+from mptbook import world
 from mptbook.data.curriculum import Stage
-from mptbook.directory import save_model
+from mptbook.fsdp import Sharding
 from mptbook.model.precision import Precision, resolved
 from mptbook.settings import RunSettings
 from mptbook.train.allocator import keep_freed_memory
@@ -18,7 +19,9 @@ from mptbook.train.heldout import front, measure, sample
 from mptbook.train.log import RunLog
 from mptbook.train.loop import StepLog, train_steps
 from mptbook.train.optimizer import Optim
-from mptbook.train.run import Run, claim, locked, write_settings
+from mptbook.train.run import Run
+from mptbook.train.rundir import claim, locked, write_settings
+from mptbook.train.snapshot import consolidate
 from mptbook.train.stop import Stop, Stopped, stop_after_step
 from mptbook.train.supervise import supervise
 
@@ -38,7 +41,7 @@ class Pretrain(RunSettings):
     steps: PositiveInt = Field(4800, description="optimizer steps")
     batch_tokens: PositiveInt = Field(524_288, description="tokens per step")
     micro_batch_tokens: PositiveInt | None = Field(
-        None, description="tokens at once; fewer than batch_tokens accumulate (default: all)"
+        None, description="tokens that a process takes at once; the rest accumulates (default: all)"
     )
     mixture: dict[str, NonNegativeFloat] = Field(
         {}, description="weight of each domain, e.g. --mixture code=0.3; none: all rows alike"
@@ -51,8 +54,14 @@ class Pretrain(RunSettings):
     guard: GuardSettings = GuardSettings()
     seed: int = Field(17, description="of the initial weights and the order of the data")
     precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
-    recompute: bool = Field(False, description="recompute activations to save memory")
+    recompute: NonNegativeInt = Field(
+        0, description="of every so many blocks one recomputes its activations; 1: all, 0: none"
+    )
+    fsdp: Sharding = Sharding()
     device: str = Field("auto", description="cpu, cuda, or auto")
+    patience: PositiveInt = Field(
+        600, description="seconds that a process waits for another, under torchrun"
+    )
     heldout_every: PositiveInt = Field(1000, description="steps between held-out measures")
     heldout_characters: PositiveInt = Field(
         65_536, description="of each domain for these; once more on all of it at the end"
@@ -75,9 +84,15 @@ class Pretrain(RunSettings):
         return {key: _value(text) if isinstance(text, str) else text for key, text in shape.items()}
 
     def run(self) -> None:
+        if self.supervise and world.launched():
+            raise ValueError(
+                "supervise is for a process alone; torchrun starts its processes again itself: "
+                "torchrun --max-restarts 8 ... --resume"
+            )
         if self.supervise:
             supervise("pretrain", self)
-        else:
+            return
+        with world.joined(world.device(self.device), self.patience):
             pretrain(self)
 
 
@@ -92,6 +107,9 @@ def _value(text: str) -> bool | int | float | str:
 def pretrain(settings: Pretrain) -> Path:
     """Train, log and save; the path of the finished model directory, `out/model`.
 
+    Where torchrun started several processes, all call this at once, inside `world.joined`; the
+    first one writes and prints.
+
     Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint.
 
     Raises:
@@ -103,19 +121,21 @@ def pretrain(settings: Pretrain) -> Path:
         Diverged: if the loss left its course more often than `guard.rollbacks`.
     """
     run = Run.make(settings)
-    claim(settings.out, settings.resume)
+    world.from_first(lambda: claim(settings.out, settings.resume))
     with locked(settings.out):
         step, damaged = run.restore(settings.out)
-        write_settings(settings.out, settings)
+        resumed = world.from_first(lambda: bool(checkpoints(settings.out)))
+        world.from_first(lambda: write_settings(settings.out, settings))
         keep_freed_memory()
         with (
-            RunLog(settings.out, settings.steps, step) as log,
-            Writer(settings.out, settings.keep) as writer,
+            RunLog(settings.out, settings.steps, step, quiet=world.rank() > 0) as log,
+            Writer(settings.out, settings.keep, settings.patience) as writer,
             stop_after_step() as stop,
         ):
-            resumed = bool(checkpoints(settings.out))
-            computed_in = resolved(run.device, settings.precision)
-            log.event("started", step, resumed=resumed, precision=computed_in)
+            computed_in = resolved(run.model.device, settings.precision)
+            log.event(
+                "started", step, resumed=resumed, precision=computed_in, processes=world.size()
+            )
             for first, stage, domains in run.feed.report():
                 log.stage(first, stage, domains)
             for path, what in damaged:
@@ -129,7 +149,8 @@ def pretrain(settings: Pretrain) -> Path:
             _report(writer, log, insist=True)
             rest = run.model, run.tokenizer, run.heldout, settings.precision
             measure(log, "final", settings.steps, *rest)
-            save_model(run.model, settings.out / "model", run.tokenizer)
+            last = settings.out / f"step-{settings.steps:06d}"
+            world.from_first(lambda: consolidate(last, settings.out / "model"))
             log.say(f"model directory: {settings.out / 'model'}")
     return settings.out / "model"
 
@@ -143,6 +164,7 @@ def _train(
     for taken in staged_steps(settings, run, start):
         log.step(taken)
         step, last = taken.step, taken.step == settings.steps
+        stop.agree()
         if run.guard.must_go_back:
             _report(writer, log, wait=True)
             return _go_back(settings.out, run, taken, log)

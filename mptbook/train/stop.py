@@ -6,12 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mptbook import world
 from mptbook.settings import Ended
 
 
 @dataclass
 class Stop:
     by: signal.Signals | None = None  # the one that came
+
+    def agree(self) -> None:
+        """Hear of signals that came to other processes, so that all end after the same step."""
+        came = self.by == signal.SIGINT, self.by == signal.SIGTERM
+        interrupted, terminated = world.total(came)
+        if interrupted or terminated:
+            self.by = signal.SIGTERM if terminated else signal.SIGINT
 
 
 class Stopped(Ended):

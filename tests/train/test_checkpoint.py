@@ -11,13 +11,8 @@ from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.optim.lion import Lion
 from mptbook.tokenizer.bpe import train_bpe
-from mptbook.train.checkpoint import (
-    Snapshot,
-    Writer,
-    checkpoints,
-    damage,
-    load_checkpoint,
-)
+from mptbook.train.checkpoint import Writer, checkpoints, damage, write_checkpoint
+from mptbook.train.snapshot import FORMAT, Snapshot, load_snapshot
 
 CONFIG = MPTConfig(d_model=12, n_heads=2, n_layers=1, vocab_size=300, max_seq_len=9)
 MADE_WITH = {"batch_tokens": 64, "tokenizer": "abc"}
@@ -46,17 +41,17 @@ def snapshot(model, optimizer, tokenizer, step=7):
 
 @pytest.fixture
 def saved(tokenizer, tmp_path):
-    return snapshot(*trained(), tokenizer).write(tmp_path, keep=2)
+    return write_checkpoint(snapshot(*trained(), tokenizer), tmp_path, keep=2)
 
 
 @pytest.mark.parametrize("optimizer_class", [Lion, torch.optim.AdamW])
 def test_what_was_saved_comes_back_bit_for_bit(tokenizer, tmp_path, optimizer_class):
     model, optimizer = trained(optimizer_class)
-    path = snapshot(model, optimizer, tokenizer).write(tmp_path, keep=2)
+    path = write_checkpoint(snapshot(model, optimizer, tokenizer), tmp_path, keep=2)
     expected = torch.rand(3)
     other, restored = trained(optimizer_class, steps=0)
     torch.manual_seed(5)
-    state = load_checkpoint(path, other, restored, MADE_WITH)
+    state = load_snapshot(path, other, restored, MADE_WITH)
     # the random state is that of the snapshot: nothing was drawn before `expected`
     assert torch.equal(torch.rand(3), expected)
     assert (state["step"], state["guard"]["losses"]) == (7, [1 / 3])
@@ -71,11 +66,11 @@ def test_a_snapshot_is_not_touched_by_later_steps(tokenizer, tmp_path):
     model, optimizer = trained()
     taken = snapshot(model, optimizer, tokenizer)
     before = {name: value.clone() for name, value in taken.tensors.items()}
-    weights = {name: value.clone() for name, value in taken.model.state_dict().items()}
+    weights = {name: value.clone() for name, value in taken.weights.items()}
     model.loss(torch.arange(9)[None], torch.arange(1, 10)[None]).backward()
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in taken.tensors.items())
-    for name, value in taken.model.state_dict().items():
+    for name, value in taken.weights.items():
         assert torch.equal(value, weights[name])
         assert not torch.equal(value, model.state_dict()[name])
 
@@ -136,7 +131,7 @@ def test_a_file_that_nobody_vouches_for_is_noticed(saved):
 
 def test_only_the_newest_are_kept(tokenizer, tmp_path):
     for step in (1, 5, 1_000_000, 30):
-        snapshot(*trained(), tokenizer, step=step).write(tmp_path, keep=2)
+        write_checkpoint(snapshot(*trained(), tokenizer, step=step), tmp_path, keep=2)
     names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["step-000030", "step-1000000"]
 
@@ -145,7 +140,7 @@ def test_what_a_killed_process_left_is_removed(tokenizer, tmp_path):
     for name in ("partial-000004", ".partial-000004-x1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("half")
-    snapshot(*trained(), tokenizer).write(tmp_path, keep=2)
+    write_checkpoint(snapshot(*trained(), tokenizer), tmp_path, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
 
 
@@ -160,12 +155,12 @@ def test_the_writer_tells_each_outcome_once(tokenizer, tmp_path):
 
 def test_a_failed_write_is_told_and_takes_no_room(tokenizer, tmp_path, monkeypatch):
     model, optimizer = trained()
-    snapshot(model, optimizer, tokenizer).write(tmp_path, keep=2)
+    write_checkpoint(snapshot(model, optimizer, tokenizer), tmp_path, keep=2)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mptbook.train.checkpoint.write_tensors", full)
+    monkeypatch.setattr("mptbook.train.snapshot.write_tensors", full)
     with Writer(tmp_path, keep=2) as writer:
         writer.write(snapshot(model, optimizer, tokenizer, step=9))
         ((step, error),) = writer.outcomes(wait=True)
@@ -179,7 +174,7 @@ def assert_refused(saved, message, config=CONFIG, made_with=MADE_WITH):
     optimizer = Lion(model.parameters())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(saved, model, optimizer, made_with)
+        load_snapshot(saved, model, optimizer, made_with)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not optimizer.state
 
@@ -196,13 +191,13 @@ def test_what_the_checkpoint_was_made_with_must_be_the_same(saved, name, value):
 
 
 def test_a_newer_format_is_refused(saved):
-    state = json.loads((saved / "state.json").read_text()) | {"format": 3}
+    state = json.loads((saved / "state.json").read_text()) | {"format": FORMAT + 1}
     (saved / "state.json").write_text(json.dumps(state))
-    assert_refused(saved, "has format 3, this version of mptbook reads format 2")
+    assert_refused(saved, f"has format {FORMAT + 1}, this version of mptbook reads format {FORMAT}")
 
 
 def test_a_checkpoint_moved_elsewhere_is_as_good(saved, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     moved = saved.rename(tmp_path / "elsewhere" / saved.name)
     assert damage(moved) == ""
-    assert load_checkpoint(moved, *trained(steps=0), MADE_WITH)["step"] == 7
+    assert load_snapshot(moved, *trained(steps=0), MADE_WITH)["step"] == 7

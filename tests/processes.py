@@ -1,0 +1,30 @@
+"""Start programs in several processes, as torchrun does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(n, *words, restarts=0):
+    """The words of a command in `n` processes; `words` is a script, or -m and a module."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    how = ["--nproc-per-node", str(n), "--max-restarts", str(restarts)]
+    return [*launcher, *how, *map(str, words)]
+
+
+def environment(**changes):
+    how = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return os.environ | how | changes
+
+
+def run(words, **changes):
+    """Exit code, and all that was said."""
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(**changes))
+    return done.returncode, done.stdout + done.stderr
