@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mptbook.model.config import MPTConfig
 from mptbook.plan.costs import GIB, GPUS
-from mptbook.plan.memory import Setup, memory, shortage
+from mptbook.plan.memory import Setup, longest_row, memory, shortage
 
 SMALLEST = (  # what takes the least memory
     ("recompute", 1, "--recompute block"),
@@ -63,10 +63,8 @@ def ways_out(config: MPTConfig, setup: Setup, gpu: str) -> Iterator[str]:
     larger = sorted((one.memory_bytes, name) for name, one in GPUS.items() if fits(setup, name))
     if larger:
         yield larger[0][1]
-    if fits(replace(setup, row_tokens=1)):
-        longest = _most(lambda n: fits(replace(setup, row_tokens=n)), setup.row_tokens)
-        rounded = longest // 128 * 128 or longest
-        yield f"rows of {rounded:,} tokens"
+    if longest := longest_row(config, setup, GPUS[gpu]):
+        yield f"rows of {longest // 128 * 128 or longest:,} tokens"
 
 
 def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -75,12 +73,3 @@ def _least(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return high
-
-
-def _most(fits: Callable[[int], bool], too_many: int) -> int:
-    """The largest number that fits, where 1 does and `too_many` does not."""
-    low = 1
-    while too_many - low > 1:
-        middle = (low + too_many) // 2
-        low, too_many = (middle, too_many) if fits(middle) else (low, middle)
-    return low

@@ -137,8 +137,8 @@ def _step(figures: dict) -> list[str]:
     if speed := figures.get("speed"):
         page += [
             f"  MFU {speed['mfu']:.1%}, HFU {speed['hfu']:.1%}: {speed['source']}",
-            f"  {speed['tokens_per_second']:,.0f} tokens/s, {speed['step_seconds']:.2f} s; the "
-            f"network must carry {speed['traffic_bytes_per_second'] / 1e9:.1f} GB/s from each GPU",
+            f"  {speed['tokens_per_second']:,.0f} tokens/s, {speed['step_seconds']:.2f} s a step; "
+            f"each GPU sends {speed['traffic_bytes_per_second'] / 1e9:.1f} GB/s",
         ]
     else:
         name = figures["setup"]["gpu"]

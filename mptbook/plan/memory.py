@@ -8,7 +8,7 @@ Sources: PyTorch's `fully_shard` for what is gathered, and when; `mptbook.model.
 logits; `mptbook.plan.activations` for the rest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mptbook.model.config import MPTConfig
 from mptbook.model.loss import ROWS
@@ -209,3 +209,20 @@ def largest_micro_batch(config: MPTConfig, setup: Setup, gpu: GPU) -> int:
         else:
             too_many = middle
     return fits
+
+
+def longest_row(config: MPTConfig, setup: Setup, gpu: GPU) -> int:
+    """The most tokens of which one row fits on the GPU, whatever `setup` says; 0 for none."""
+
+    def fits(row_tokens: int) -> bool:
+        return shortage(config, replace(setup, row_tokens=row_tokens), gpu) <= 0
+
+    if not fits(1):
+        return 0
+    low, too_many = 1, 2
+    while fits(too_many):
+        low, too_many = too_many, 2 * too_many
+    while too_many - low > 1:
+        middle = (low + too_many) // 2
+        low, too_many = (middle, too_many) if fits(middle) else (low, middle)
+    return low

@@ -108,7 +108,7 @@ def _times(config: MPTConfig, setup: Setup, gpu: str, found: dict, mfu: float | 
         "source": source,
         "tokens_per_second": setup.gpus * rate / flops,
         "step_seconds": seconds,
-        # What the network must sustain if it is not to be what the GPUs wait for.
+        # What links must sustain if they are not to be what the GPUs wait for.
         "traffic_bytes_per_second": found["traffic"]["per_step"] / seconds,
     }
     return {"speed": speed}

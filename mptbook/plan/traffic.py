@@ -15,11 +15,14 @@ from mptbook.plan.memory import Setup, block_and_root
 def traffic(config: MPTConfig, setup: Setup) -> dict[str, int]:
     """Bytes that each GPU sends for one micro-batch, by kind, and their `total`.
 
-    It receives as many. A GPU has one part in n of the weights and gets the rest, (n - 1) / n,
+    It receives as many, in a ring: each passes on to one neighbour what it got from the other. So
+    a machine of eight GPUs sends to the next machine as much as one GPU does, and not eight times.
+
+    A GPU has one part in n of the weights and gets the rest, (n - 1) / n,
     from the others: of all weights before they are used forwards, and of the blocks' again on the
     way back, since they were dropped in between; the root stays. Gradients go the same way
-    once, added up on arrival. With R copies, what one GPU owns is averaged over the copies, in a
-    ring: twice (R - 1) / R of it.
+    once, added up on arrival. With R copies, what one GPU owns is averaged over the copies:
+    twice (R - 1) / R of it.
 
     Recomputing a block costs no traffic: its weights are there for its backward pass.
     """

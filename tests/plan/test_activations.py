@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.profiler import ProfilerActivity, profile
 
 from mptbook.model.config import MPTConfig
@@ -99,6 +101,38 @@ def test_autocast_keeps_a_copy_of_every_matrix():
     # A norm on a CPU reads float32 copies of its input and weight: 2 and 4 bytes more a number.
     of_norms = norms * (2 * 3 * 17 + 4) * SMALL.d_model
     assert found == planned(SMALL, 3 * 17, product_bytes=2) + copies + of_norms
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_copies_of_autocast_outlive_the_weights_that_fsdp_gathers(one_process, recompute):
+    config = SMALL.replace(d_model=96)
+    model = built(config, recompute)
+    for block in model.transformer.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "loss")
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    allocated = []
+    for bf16 in (False, True):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            computing = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+            computing.__enter__()
+            loss = model.loss(ids, ids)
+        computing.__exit__(None, None, None)
+        events = profiler.profiler.kineto_results.events()
+        allocated.append(sum(e.nbytes() for e in events if e.name() == "[memory]"))
+        loss.backward()  # ends the step for FSDP
+        del loss
+    parts = parameters(config)
+    copies = 2 * (parts["attention"] + parts["mlp"])
+    assert allocated[1] - allocated[0] == pytest.approx(copies, rel=0.1)
 
 
 def peak_of_a_step(config, rows, tokens, recompute):
