@@ -20,7 +20,6 @@ from mptbook.plan.memory import (
 )
 from mptbook.plan.published import measured
 from mptbook.plan.serving import serving
-from mptbook.plan.traffic import traffic
 
 ODD = MPTConfig(d_model=6, n_heads=2, n_layers=3, vocab_size=11, expansion_ratio=2)
 SEVEN = MPTConfig.named("mpt-7b")
@@ -157,28 +156,6 @@ def test_a_copy_of_the_weights_in_each_group_takes_what_the_group_takes_alone():
 def test_a_setup_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Setup(8, 2048, **change)
-
-
-def test_traffic_by_hand():
-    total, root = 3 * 300 + 72, 72
-    found = traffic(ODD, Setup(4, 8, precision="default"))
-    assert found["gather forwards"] == 2 * total * 3 / 4
-    assert found["gather backwards"] == 2 * (total - root) * 3 / 4
-    assert found["reduce-scatter"] == 4 * total * 3 / 4
-    assert found["all-reduce"] == 0
-    assert found["total"] == sum(found.values()) / 2
-
-
-def test_copies_of_the_weights_send_less_and_average_what_they_own():
-    whole, grouped = traffic(SEVEN, Setup(64, 2048)), traffic(SEVEN, Setup(64, 2048, shards=8))
-    assert grouped["total"] < whole["total"]
-    # in a ring each of 8 copies sends 7 parts of 8 of an eighth of the gradients, twice
-    share = parameters(SEVEN)["total"] / 8
-    assert grouped["all-reduce"] == pytest.approx(2 * 7 / 8 * 2 * share)
-
-
-def test_one_gpu_sends_nothing():
-    assert traffic(SEVEN, Setup(1, 2048))["total"] == 0
 
 
 def test_a_reserve_is_left_on_every_card():
