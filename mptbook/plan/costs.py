@@ -13,6 +13,7 @@ Sources: llm-foundry's FLOP count (`modeling_mpt.py`) and its table of peak rate
 NVIDIA's data sheets (composer's `speed_monitor.py`).
 """
 
+import difflib
 from dataclasses import dataclass
 
 from mptbook.model.config import MPTConfig
@@ -35,7 +36,23 @@ GPUS = {
     "A100-40GB": GPU(40 * GIB, 312e12),
     "A100-80GB": GPU(80 * GIB, 312e12),
     "H100-80GB": GPU(80 * GIB, 989.5e12),
+    "H200-141GB": GPU(141 * GIB, 989.5e12),
 }
+
+
+def gpu_named(name: str) -> str:
+    """The key of `GPUS` that is meant: `h100-80` is H100-80GB.
+
+    Raises:
+        ValueError: if there is none, naming the nearest one.
+    """
+    keys = {key.lower(): key for key in GPUS}
+    keys |= {key.removesuffix("gb"): full for key, full in keys.items()}
+    if found := keys.get(name.lower()):
+        return found
+    near = difflib.get_close_matches(name.lower(), keys, n=1, cutoff=0.5)
+    hint = f"; did you mean {keys[near[0]]}?" if near else ""
+    raise ValueError(f"gpu is {name!r}; it must be one of {', '.join(GPUS)}{hint}")
 
 
 def parameters(config: MPTConfig) -> dict[str, int]:
