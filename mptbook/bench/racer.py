@@ -86,7 +86,7 @@ class Racer:
             self._logs = self._by_recipe(run, settings)
         else:
             torch.manual_seed(settings.seed)
-            self.model = make_model(entry.contestant, run.model.config).to(run.device)
+            self.model = make_model(entry.contestant, run.model.config).to(run.model.device)
             self.optimizer = make_optimizer(self.model, optim)
             (rows,) = run.feed.rows
             n_rows = settings.batch_tokens // rows.row_tokens
