@@ -1,6 +1,9 @@
 import json
+import sys
 
 import pytest
+
+SHAPE = {"d_model": 24, "n_heads": 3, "n_layers": 2, "vocab_size": 320, "resid_pdrop": 0.1}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +29,21 @@ def data(tmp_path_factory):
     tokenizer = str(folder / "tokenizer.json")
     prepare(Prepare(out=folder / "rows", tokenizer=tokenizer, row_tokens=16, source=source))
     return folder / "rows"
+
+
+@pytest.fixture(scope="session")
+def shape():
+    return dict(SHAPE)  # with dropout, so that the random state matters
+
+
+@pytest.fixture(scope="session")
+def command(data):
+    """`command(out, name=value, ...)`: the words that train a tiny model on `data`."""
+
+    def words(out, *flags, start=(sys.executable, "-m", "mptbook"), **changes):
+        values = {"data": data, "out": out, "steps": 12, "batch_tokens": 64, "optim.warmup": 2}
+        shape = [word for key, value in SHAPE.items() for word in ("--shape", f"{key}={value}")]
+        rest = [w for key, value in (values | changes).items() for w in (f"--{key}", str(value))]
+        return [*start, "pretrain", *shape, *rest, *flags]
+
+    return words

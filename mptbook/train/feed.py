@@ -22,7 +22,8 @@ class Feed:
         repeat: whether a row may come twice in a stage.
 
     Raises:
-        ValueError: if curriculum and data do not fit together.
+        ValueError: if curriculum and data do not fit together; `check` and `accumulate`, if the
+            processes cannot share the batches of a stage.
     """
 
     def __init__(
@@ -35,16 +36,13 @@ class Feed:
         repeat: bool = True,
     ) -> None:
         self.curriculum, self._seed = curriculum, seed
+        self._micro_batch_tokens = micro_batch_tokens
         self.rows = [Rows(data, stage.row_tokens) for stage in curriculum.stages]
         self._mixtures = [
             Mixture(stage.mixture) if stage.mixture else None for stage in curriculum.stages
         ]
         for rows, mixture in zip(self.rows, self._mixtures, strict=True):
             _know(rows, mixture)
-        self._at_once = [
-            _at_once(stage.batch_tokens, stage.row_tokens, micro_batch_tokens)
-            for stage in curriculum.stages
-        ]
         if not repeat:
             self._once()
 
@@ -53,9 +51,22 @@ class Feed:
         """Whether rows hold documents whole, to be kept apart."""
         return self.rows[0].packed
 
+    def check(self, start: int, end: int) -> None:
+        """See that the processes can share the batches of all steps from `start` to `end`.
+
+        Those of other stages may be for another number of processes.
+        """
+        for number, _, first, _ in self.curriculum.parts(start):
+            if first < end:
+                self._at_once(number)
+
+    def _at_once(self, number: int) -> int:
+        stage = self.curriculum.stages[number]
+        return _at_once(stage.batch_tokens, stage.row_tokens, self._micro_batch_tokens)
+
     def accumulate(self, number: int) -> int:
         """Micro-batches of a step in stage `number`, counted from 0."""
-        at_once = self._at_once[number] * world.size()
+        at_once = self._at_once(number) * world.size()
         return self.curriculum.stages[number].batch_tokens // at_once
 
     def batches(
@@ -77,7 +88,7 @@ class Feed:
         rows = self.rows[number]
         return batches(
             rows,
-            self._at_once[number] * world.size() // rows.row_tokens,
+            self._at_once(number) * world.size() // rows.row_tokens,
             seed=self._key(number),
             mixture=self._mixtures[number],
             start=(start - first) * n,

@@ -39,6 +39,9 @@ class Pretrain(RunSettings):
         {}, description="fields of MPTConfig that differ, e.g. --shape n_layers=2"
     )
     steps: PositiveInt = Field(4800, description="optimizer steps")
+    until: PositiveInt | None = Field(
+        None, description="stop after this step, saved, e.g. to go on with another number of GPUs"
+    )
     batch_tokens: PositiveInt = Field(524_288, description="tokens per step")
     micro_batch_tokens: PositiveInt | None = Field(
         None, description="tokens that a process takes at once; the rest accumulates (default: all)"
@@ -78,6 +81,11 @@ class Pretrain(RunSettings):
         3600, description="seconds without a line in the log that --supervise takes for a hang"
     )
 
+    @property
+    def end(self) -> int:
+        """The step after which the run stops, for now or for good."""
+        return min(self.until or self.steps, self.steps)
+
     @field_validator("shape")
     @classmethod
     def _typed(cls, shape: dict) -> dict:
@@ -105,7 +113,8 @@ def _value(text: str) -> bool | int | float | str:
 
 
 def pretrain(settings: Pretrain) -> Path:
-    """Train, log and save; the path of the finished model directory, `out/model`.
+    """Train, log and save; the path of the finished model directory, `out/model`, or of the run
+    directory, where `until` stopped the run before.
 
     Where torchrun started several processes, all call this at once, inside `world.joined`; the
     first one writes and prints.
@@ -144,9 +153,13 @@ def pretrain(settings: Pretrain) -> Path:
             if not resumed:  # a disk that cannot hold one is found now
                 writer.write(run.snapshot(0))
                 _report(writer, log, insist=True)
-            while step < settings.steps:  # once, and again after each rollback
+            while step < settings.end:  # once, and again after each rollback
                 step = _train(settings, run, step, log, writer, stop)
             _report(writer, log, insist=True)
+            if step < settings.steps:
+                log.event("stopped", step, by="until")
+                log.say(f"step {step:,} of {settings.steps:,}, saved; go on with --resume")
+                return settings.out
             rest = run.model, run.tokenizer, run.heldout, settings.precision
             measure(log, "final", settings.steps, *rest)
             last = settings.out / f"step-{settings.steps:06d}"
@@ -163,7 +176,7 @@ def _train(
     due = False
     for taken in staged_steps(settings, run, start):
         log.step(taken)
-        step, last = taken.step, taken.step == settings.steps
+        step, last = taken.step, taken.step == settings.end
         stop.agree()
         if run.guard.must_go_back:
             _report(writer, log, wait=True)
@@ -181,13 +194,15 @@ def _train(
         if stop.by and not last:
             _report(writer, log, insist=True)
             _leave(stop, step, log)
-    return settings.steps
+    return settings.end
 
 
 def staged_steps(settings: Pretrain, run: Run, start: int) -> Iterator[StepLog]:
     """The training steps after `start`, stage by stage."""
     rates = settings.optim.rates(settings.steps)
     for number, stage, first, end in run.feed.curriculum.parts(start):
+        if first >= settings.end:
+            return
         begin = max(start, first)
         if begin == first:
             run.guard.forget()  # other rows have other losses: a jump is no spike
@@ -199,7 +214,7 @@ def staged_steps(settings: Pretrain, run: Run, start: int) -> Iterator[StepLog]:
             stream,
             run.optimizer,
             lambda step, factor=stage.lr: factor * rates(step),
-            steps=end,
+            steps=min(end, settings.end),
             start=begin,
             accumulate=run.feed.accumulate(number),
             clip=settings.optim.clip,

@@ -16,7 +16,14 @@ from mptbook.fsdp import shard
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
-from mptbook.train.checkpoint import good_before, newest_good, remove_after, tidy
+from mptbook.train.checkpoint import (
+    checkpoints,
+    good_before,
+    newest_good,
+    remove_after,
+    step_of,
+    tidy,
+)
 from mptbook.train.feed import Feed
 from mptbook.train.guard import Guard
 from mptbook.train.heldout import load_heldout
@@ -55,6 +62,7 @@ class Run:
             micro_batch_tokens=settings.micro_batch_tokens,
             repeat=settings.repeat,
         )
+        feed.check(_steps_taken(settings), settings.end)
         tokenizer = Tokenizer.load(settings.data)
         if tokenizer.sha256 != about["tokenizer"]:
             raise ValueError(
@@ -161,6 +169,12 @@ def _curriculum(settings: "Pretrain", row_tokens: int) -> Curriculum:
             f"{settings.steps:,}; make them equal"
         )
     return curriculum
+
+
+def _steps_taken(settings: "Pretrain") -> int:
+    """The step that a resume will most likely go on from."""
+    found = settings.resume and settings.out.exists() and checkpoints(settings.out)
+    return step_of(found[-1]) if found else 0
 
 
 def _fixed(curriculum: Curriculum) -> list[dict]:

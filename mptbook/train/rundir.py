@@ -55,7 +55,7 @@ def _acquire(lock: filelock.FileLock, out: Path) -> None:
 
 def write_settings(out: Path, settings: RunSettings) -> None:
     """`run.toml`: with it `mptbook pretrain --config` repeats the run."""
-    how = {"resume", "supervise", "restarts", "silence"}
+    how = {"resume", "until", "supervise", "restarts", "silence"}
     text = tomli_w.dumps(settings.model_dump(mode="json", exclude=how, exclude_none=True))
     partial = out / PARTIAL
     partial.write_text(text)

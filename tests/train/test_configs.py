@@ -1,19 +1,26 @@
 """The settings files that the package brings along."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from mptbook import world
 from mptbook.data.mixture import Mixture
 from mptbook.data.prepare import Prepare
 from mptbook.model.config import MPTConfig
+from mptbook.plan.costs import GPUS
+from mptbook.plan.memory import Setup, shortage
 from mptbook.settings import CONFIGS
+from mptbook.train import feed
 from mptbook.train.pretrain import Pretrain
+from mptbook.train.run import _curriculum
 
 SOURCES = "mpt-sources.toml"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.toml") if path.name != SOURCES)
 
 
-def run(name):
-    return Pretrain.from_toml(CONFIGS / name, data="rows", out="run")
+def run(name, **changes):
+    return Pretrain.from_toml(CONFIGS / name, data="rows", out="run", **changes)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -68,3 +75,73 @@ def test_the_small_curriculum_differs_from_the_small_run_by_its_stages_alone():
     first, second = staged.stages
     assert first.tokens + second.tokens == staged.steps * staged.batch_tokens
     assert second.mixture["code"] == pytest.approx(2.5 * first.mixture["code"])
+
+
+@pytest.fixture
+def feed_of(monkeypatch):
+    """`feed_of(settings, processes)`: the batches as one of so many processes gets them."""
+    sources = list(run("7b.toml").mixture)
+    monkeypatch.setattr(
+        feed, "Rows", lambda data, n: SimpleNamespace(folder=data, row_tokens=n, domains=sources)
+    )
+
+    def make(settings, processes):
+        monkeypatch.setattr(world, "size", lambda: processes)
+        curriculum = _curriculum(settings, 2048)
+        at_once = settings.micro_batch_tokens
+        return feed.Feed(settings.data, curriculum, seed=1, micro_batch_tokens=at_once)
+
+    return make
+
+
+STEPS_OF_2K = 277_433
+LARGE = [  # settings, changes, number of the stage, GPUs, which, micro-batches of a step
+    ("7b.toml", {}, 0, 440, "A100-40GB", 1),
+    ("7b.toml", {}, 0, 88, "A100-40GB", 5),
+    ("7b.toml", {}, 0, 40, "A100-40GB", 11),
+    ("7b.toml", {}, 0, 8, "A100-40GB", 55),
+    ("30b.toml", {"until": STEPS_OF_2K}, 0, 440, "A100-40GB", 1),
+    ("30b.toml", {"micro_batch_tokens": 16_384}, 1, 256, "H100-80GB", 1),
+    ("30b.toml", {}, 1, 256, "H100-80GB", 2),
+    ("30b.toml", {}, 0, 8, "A100-80GB", 55),
+    ("30b.toml", {}, 1, 8, "A100-80GB", 64),
+    ("storywriter-65k.toml", {}, 0, 8, "A100-80GB", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "number", "gpus", "gpu", "micro_batches"), LARGE)
+def test_the_published_gpus_share_the_batches_and_hold_them(
+    feed_of, name, changes, number, gpus, gpu, micro_batches
+):
+    settings = run(name, **changes)
+    found = feed_of(settings, gpus)
+    first = found.curriculum.starts[number]
+    found.check(first, settings.end)
+    assert found.accumulate(number) == micro_batches
+    stage = found.curriculum.stages[number]
+    rows, rest = divmod(settings.micro_batch_tokens, stage.row_tokens)
+    assert micro_batches * rows * gpus * stage.row_tokens == stage.batch_tokens
+    assert not rest
+    config = MPTConfig.named(settings.model).replace(**settings.shape)
+    how = settings.optim.name, settings.fsdp.precision, settings.recompute
+    assert shortage(config, Setup(gpus, stage.row_tokens, *how), GPUS[gpu], rows) < 0
+
+
+@pytest.mark.parametrize("gpus", [2**n for n in range(3, 10)])
+def test_powers_of_two_share_what_the_comments_say(feed_of, gpus):
+    small = run("7b.toml", batch_tokens=4_194_304, steps=238_419)
+    assert small.steps * small.batch_tokens == pytest.approx(1e12, rel=1e-5)
+    staged = run("30b.toml", batch_tokens=4_194_304, steps=250_340)
+    staged.stages[0].tokens = 1_000_001_765_376
+    feed_of(small, gpus).check(0, small.end)
+    feed_of(staged, gpus).check(0, staged.end)
+
+
+def test_the_stages_of_mpt_30b_are_for_different_numbers_of_gpus(feed_of):
+    settings = run("30b.toml")
+    assert feed_of(settings, 440).curriculum.starts == [0, STEPS_OF_2K]
+    for gpus, first, end in ((440, 0, STEPS_OF_2K), (256, STEPS_OF_2K, settings.steps)):
+        found = feed_of(settings, gpus)
+        found.check(first, end)
+        with pytest.raises(ValueError, match=f"which {gpus} processes cannot share"):
+            found.check(0, settings.steps)

@@ -100,6 +100,31 @@ def test_a_run_resumed_at_any_step_ends_bit_identical(settings, tmp_path, killed
     assert_same_end(whole, part)
 
 
+def test_a_run_that_stops_between_stages_goes_on_to_the_same_end(settings, tmp_path, capsys):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    pretrain(settings(whole))
+    assert pretrain(settings(part, until=5, save_every=99)) == part
+    assert "step 5 of 10, saved; go on with --resume" in capsys.readouterr().out
+    assert (part / "step-000005").is_dir()
+    assert not (part / "model").exists()
+    pretrain(settings(part, until=5, resume=True))  # as after a restart: nothing is left to do
+    assert len(read_log(part, "step")) == 5
+    pretrain(settings(part, resume=True))
+    assert_same_end(whole, part)
+
+
+def test_batches_of_stages_that_are_not_reached_may_be_for_others(settings, tmp_path):
+    out, small = tmp_path / "run", {"micro_batch_tokens": 16}  # less than a row of later stages
+    with pytest.raises(ValueError, match="micro_batch_tokens=16 is not a multiple of the 32"):
+        pretrain(settings(out, **small))
+    assert not out.exists()
+    pretrain(settings(out, until=5, **small))
+    with pytest.raises(ValueError, match="micro_batch_tokens=16 is not a multiple of the 32"):
+        pretrain(settings(out, resume=True, **small))
+    pretrain(settings(out, resume=True, micro_batch_tokens=128))  # more than a step had before
+    assert len(read_log(out, "step")) == 10
+
+
 def test_accumulation_does_not_change_what_a_stage_learns(settings, tmp_path, shape):
     shape = shape | {"resid_pdrop": 0.0}  # dropout would draw other numbers
     exact = {"shape": shape, "precision": "fp32", "optim": Optim(name="adamw", lr=1e-3, warmup=2)}
