@@ -30,6 +30,7 @@ VERBS = {
     "bench speedrun": ("mptbook.bench.speedrun", "BenchSpeedrun", "loss after the same time"),
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
+    "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),
     "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }

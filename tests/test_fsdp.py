@@ -1,14 +1,19 @@
 """Several processes compute what one computes. Each number of them runs once, for all tests."""
 
+import json
+
+import built_in_parts
 import pytest
 import sharded_model
 import torch
+from built_in_parts import LARGE
 from processes import run, torchrun
 from sharded_model import CONFIG, WAYS, fresh, gradients, trained, whole
 
 from mptbook import Tokenizer, generate, load_model, perplexity, save_model
 from mptbook.fsdp import Sharding, shard
 from mptbook.model.mpt import MPT
+from mptbook.plan import parameters
 from mptbook.tokenizer.bpe import train_bpe
 
 EXACT = [name for name in WAYS if name != "bfloat16"]
@@ -100,6 +105,17 @@ def test_a_saved_model_predicts_and_writes_the_same(several, folder):
     expected = perplexity(model, tokenizer, ["the hare ran over the hill " * 9], row_tokens=7)
     assert several["loaded"]["nats"] == pytest.approx(expected.nats, rel=1e-4)
     assert several["loaded"]["text"] == generate(model, tokenizer, "the hare", max_new_tokens=5)
+
+
+def test_a_sharded_model_is_never_whole_in_one_process(tmp_path):
+    save_model(MPT(LARGE), tmp_path / "model")
+    code, said = run(torchrun(4, built_in_parts.__file__, tmp_path))
+    assert code == 0, said
+    whole, largest_tensor = 4 * parameters(LARGE)["total"], 4 * LARGE.vocab_size * LARGE.d_model
+    assert whole > 60e6
+    for rank in range(4):
+        for way, added in json.loads((tmp_path / f"{rank}.json").read_text()).items():
+            assert whole / 4 < added < whole / 4 + largest_tensor + 5e6 < whole / 2, (rank, way)
 
 
 def test_half_precision_of_what_computes_in_float32_is_refused():
