@@ -75,7 +75,7 @@ def test_a_process_that_fails_is_an_error_with_what_it_said():
 
 
 def test_rows_that_the_processes_cannot_share_are_refused_before_any_work():
-    with pytest.raises(ValueError, match="rows=4 .* over 3 processes; take 6"):
+    with pytest.raises(ValueError, match=r"rows=4 .* over 3 processes; take 6"):
         BenchFSDP(processes=[1, 3]).run()
 
 
