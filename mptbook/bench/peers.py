@@ -33,6 +33,11 @@ class Peer(nn.Module):
         """(B, T) int64 to (B, T, V)."""
         return self.model(input_ids=ids, use_cache=False).logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.parameters()).device
+
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Sum of nats over all targets, (B, T) int64; as transformers' own loss, in float32."""
         logits = self(ids).float()
@@ -98,7 +103,7 @@ def plain_steps(
         clip: largest gradient norm allowed.
         precision: of products.
     """
-    device = next(model.parameters()).device
+    device = model.device
     computing = autocast(device, precision)
     for step, (x, y) in enumerate(batches):
         model.train()

@@ -6,7 +6,7 @@ Dimensions in this file
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 PLACES = {"begin": 0.1, "middle": 0.5, "end": 0.9}  # part of the text that stands before
-AT_ONCE = 2048  # tokens that are read before the cache holds them
+AT_ONCE = 16_384  # tokens that are read before the cache holds them
 
 
 @torch.no_grad()
@@ -78,32 +78,14 @@ def loss_by_position(
 def _span_loss(model: MPT, rows: Tensor, span_tokens: int, precision: Precision) -> Tensor:
     """Nats of the last tokens of each row, (B, span_tokens)."""
     model.eval()
-    device = model.device
-    cache = KVCache(model.config.n_layers)
-    x, y = rows[:, :-1].to(device), rows[:, -span_tokens:].to(device)
-    with autocast(device, precision):
-        for part in x[:, :-span_tokens].split(AT_ONCE, dim=1):
-            if part.shape[1]:
-                model.hidden(part, cache=cache)
-        logits = model.logits(model.hidden(x[:, -span_tokens:], cache=cache))
+    x, y = rows[:, :-1].to(model.device), rows[:, -span_tokens:].to(model.device)
+    with autocast(model.device, precision):
+        # At once and without a cache: queries and keys that are as many are attended to fastest.
+        logits = model.logits(model.hidden(x)[:, -span_tokens:])
     return F.cross_entropy(logits.float().transpose(1, 2), y, reduction="none").cpu()
 
 
 @torch.no_grad()
-def _losses(
-    model: MPT, cache: KVCache, ids: Sequence[int], precision: Precision
-) -> Iterator[Tensor]:
-    """Nats of each token but the first, piece by piece; `cache` has them all but the last."""
-    model.eval()
-    device = model.device
-    text = torch.tensor([list(ids)], device=device)
-    x, y = text[:, :-1], text[:, 1:]
-    with autocast(device, precision):
-        for part, targets in zip(x.split(AT_ONCE, 1), y.split(AT_ONCE, 1), strict=True):
-            logits = model(part, cache=cache)
-            yield F.cross_entropy(logits[0].float(), targets[0], reduction="none").cpu()
-
-
 def chosen(
     model: MPT, tokenizer: Tokenizer, choices: Sequence[Choice], *, precision: Precision = "auto"
 ) -> list[int]:
@@ -111,14 +93,17 @@ def chosen(
 
     A context that several choices share one after the other is read once.
     """
+    model.eval()
     answers: list[int] = []
     cache, read = None, None
     for choice in choices:
         if choice.context != read:
             cache, read = KVCache(model.config.n_layers), choice.context
             ids = tokenizer.encode(choice.context) or [tokenizer.end_of_text]
-            for _ in _losses(model, cache, ids, precision):
-                pass
+            with autocast(model.device, precision):
+                for start in range(0, len(ids) - 1, AT_ONCE):
+                    part = ids[start : min(start + AT_ONCE, len(ids) - 1)]
+                    model.hidden(torch.tensor([part], device=model.device), cache=cache)
         answers.append(_likeliest(model, tokenizer, cache, ids[-1], choice, precision))
     return answers
 
@@ -135,8 +120,10 @@ def _likeliest(
     means = []
     for option in choice.options:
         answer = tokenizer.encode(option)
-        losses = torch.cat(list(_losses(model, cache, [last, *question, *answer], precision)))
-        means.append(float(losses[-len(answer) :].mean()))
+        text = torch.tensor([[last, *question, *answer]], device=model.device)
+        with autocast(model.device, precision):
+            logits = model(text[:, :-1], cache=cache)[0, -len(answer) :]
+        means.append(float(F.cross_entropy(logits.float(), text[0, -len(answer) :])))
         cache.crop(read)
     return means.index(min(means))
 
