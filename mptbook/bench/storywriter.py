@@ -15,20 +15,24 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from pydantic import Field, PositiveInt
 
-from mptbook.bench.measure import Bench
+from mptbook.bench.measure import Bench, peak_memory
 from mptbook.data.corpora import default_domains, load_domain
 from mptbook.data.prepare import DEFAULT, Prepare, prepare
 from mptbook.data.shards import read_table
 from mptbook.directory import load_model
-from mptbook.eval.longcontext import examine
+from mptbook.eval.longcontext import TASKS, examine
 from mptbook.infer.generate import generate
+from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.settings import CONFIGS
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.log import read_log
+from mptbook.train.loop import train_steps
+from mptbook.train.optimizer import make_optimizer
 from mptbook.train.pretrain import Pretrain, pretrain
 
 SHORT, LONG = "short rows", "long rows"
@@ -83,6 +87,9 @@ class BenchStoryWriter(Bench):
     spans: PositiveInt = Field(32, description="parts of each book to find the loss of")
     questions: PositiveInt = Field(40, description="at each length and place")
     new_tokens: PositiveInt = Field(120, description="of an ending")
+    step_tokens: list[PositiveInt] = Field(
+        [512, 2048, 8192, 32_768], description="rows to find the memory of a training step for"
+    )
 
     def compare(self) -> dict:
         """The figures, as JSON has them."""
@@ -109,13 +116,17 @@ class BenchStoryWriter(Bench):
         for name, settings in recipes.items():
             print(f"\n{name}: {settings.out}")
             model, tokenizer = load_model(settings.out), Tokenizer.load(settings.out / "model")
-            for title, book in held_out_books(rows).items():
+            for number, (title, book) in enumerate(held_out_books(rows).items()):
                 print(title)
-                found[name]["books"][title] = self._read(model, tokenizer, book)
+                tasks = TASKS if number == 0 else ("book",)  # the other is not about a book
+                found[name]["books"][title] = self._read(model, tokenizer, book, tasks)
         settings = self.model_dump(
             mode="json", include={"positions", "tokens", "spans", "questions"}
         )
-        return {"settings": settings, "models": found}
+        memory = {T: peak_memory(one_step, T) for T in self.step_tokens}
+        for T, size in memory.items():
+            print(f"a training step of a row of {T:6,} tokens adds {size / 1e6:,.0f} MB")
+        return {"settings": settings, "models": found, "memory": memory}
 
     def _prepare(self, rows: Path, domains: Sequence[str]) -> None:
         """Rows of the default texts but `BOOKS`, and of echoes out of them."""
@@ -140,8 +151,8 @@ class BenchStoryWriter(Bench):
             )
         )
 
-    def _read(self, model: MPT, tokenizer: Tokenizer, book: str) -> dict:
-        how = {"spans": self.spans, "questions": self.questions}
+    def _read(self, model: MPT, tokenizer: Tokenizer, book: str, tasks: Sequence[str]) -> dict:
+        how = {"spans": self.spans, "questions": self.questions, "tasks": tasks}
         figures = examine(
             model, tokenizer, book, positions=self.positions, tokens=self.tokens, **how
         )
@@ -172,6 +183,17 @@ def _trained(settings: Pretrain) -> dict:
         "seed": settings.seed,
         "books": {},
     }
+
+
+def one_step(row_tokens: int) -> None:
+    """Take a training step of `configs/tiny-storywriter.toml` on one row of so many tokens."""
+    settings = Pretrain.from_toml(CONFIGS / "tiny-storywriter.toml", data=Path(), out=Path())
+    model = MPT(MPTConfig.named(settings.model).replace(max_seq_len=row_tokens, **settings.shape))
+    model.recompute = settings.recompute
+    ids = torch.randint(model.config.vocab_size, (1, row_tokens))
+    optimizer = make_optimizer(model, settings.optim)
+    for _ in train_steps(model, iter([(ids, ids)]), optimizer, lambda _: 1e-4, steps=1):
+        pass
 
 
 def held_out_books(rows: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 PLACES = {"begin": 0.1, "middle": 0.5, "end": 0.9}  # part of the text that stands before
+TASKS = "key_values", "book"
 AT_ONCE = 16_384  # tokens that are read before the cache holds them
 
 
@@ -137,19 +138,21 @@ def examine(
     tokens: Sequence[int],
     spans: int = 32,
     questions: int = 20,
+    tasks: Sequence[str] = TASKS,
     seed: int = 0,
     precision: Precision = "auto",
 ) -> dict:
-    """Loss by position and both tasks, printed and returned.
+    """Loss by position and tasks, printed and returned.
 
     Args:
         positions, spans: of `loss_by_position`.
         tokens: lengths of context for the tasks.
         questions: at each length and place.
+        tasks: of `TASKS`; ``key_values`` asks nothing about the book.
         seed: of the questions.
 
     Returns:
-        ``losses``; ``key_values`` and ``book``, the share of right answers by length and place.
+        ``losses``; and for each task the share of right answers by length and place.
     """
     ids = tokenizer.encode(book)
     losses = loss_by_position(model, ids, positions, spans=spans, precision=precision)
@@ -158,8 +161,8 @@ def examine(
         print(f"  {position:7,} tokens  {loss:6.3f}")
     print(f"right answers of {questions}, a quarter by chance\n{'':24}", end="")
     print("  ".join(f"{place:>6}" for place in PLACES))
-    tasks: dict[str, dict] = {"key_values": {}, "book": {}}
-    for task, found in tasks.items():
+    shares_of: dict[str, dict] = {task: {} for task in tasks}
+    for task, found in shares_of.items():
         for length in tokens:
             found[length] = {}
             for place, part in PLACES.items():
@@ -174,7 +177,7 @@ def examine(
                 found[length][place] = right / questions
             shares = "  ".join(f"{share:6.0%}" for share in found[length].values())
             print(f"  {task:10}  {length:8,}  {shares}", flush=True)
-    return {"losses": losses} | tasks
+    return {"losses": losses} | shares_of
 
 
 class LongContext(RunSettings):
