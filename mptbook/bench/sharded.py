@@ -4,7 +4,8 @@
         SETTINGS.json FOLDER
 
 A process alone trains a plain `MPT`. Memory is Linux's account of the process, and what glibc
-keeps of freed tensors would be in it; so large ones are mapped, and go back when they are freed.
+keeps of freed tensors would be in it; so large ones are mapped, and go back when they are freed,
+and what is left of small ones is given back before memory is looked at.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.loop import train_steps
 from mptbook.weights import write_json
 
-CPU = torch.device("cpu")
+CPU, GLIBC = torch.device("cpu"), ctypes.CDLL(None)
 LR = 1e-4
 SMALL = MPTConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=64, max_seq_len=16)
 PATIENCE = 300  # seconds that a process waits for another
@@ -55,14 +56,16 @@ def measured(config: MPTConfig, rows: int, steps: int) -> dict:
     give_back_freed_memory()
     for _ in losses(*made(SMALL), world.size(), LOOK_AT):
         pass  # what libraries load when they are first used is no memory of the model
+    GLIBC.malloc_trim(0)
     before, grown = process_bytes("VmRSS"), added_memory()
     model, optimizer = made(config)
     found: dict = {"build_bytes": grown(), "losses": []}
 
     def look(*_: object) -> None:
         if len(found["losses"]) == LOOK_AT - 1:
-            found["resident_bytes"] = process_bytes("VmRSS") - before
             found.update(held(model, optimizer), peak_bytes=grown())
+            GLIBC.malloc_trim(0)
+            found["resident_bytes"] = process_bytes("VmRSS") - before
 
     optimizer.register_step_pre_hook(look)
     times = [time.perf_counter()]
@@ -113,7 +116,7 @@ def bytes_behind(tensors: Iterable[Tensor]) -> int:
 
 def give_back_freed_memory() -> None:
     """Have glibc map every large block for itself, so that the system gets it back when freed."""
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, SMALL_BYTES), "no mallopt of glibc"
+    assert GLIBC.mallopt(M_MMAP_THRESHOLD, SMALL_BYTES), "glibc did not listen"
 
 
 def main(settings: str, folder: str) -> None:
