@@ -85,7 +85,8 @@ def joined(on: torch.device, seconds: float = 600) -> Iterator[None]:
         seconds: how long one waits for another before it is missing.
 
     Raises:
-        ValueError: if torchrun shall start processes again, and could not.
+        ValueError: if some processes compute on GPUs and some do not, or torchrun shall start
+            processes again and could not.
         Missing: if another process has died, or does not answer in time; it is named.
     """
     if not launched() or dist.is_initialized():
@@ -95,10 +96,20 @@ def joined(on: torch.device, seconds: float = 600) -> Iterator[None]:
     patience = timedelta(seconds=seconds)
     backends = "cpu:gloo,cuda:nccl" if on.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backends, timeout=patience)
-        roll_call = group(seconds)
+        store, place, processes = next(dist.rendezvous("env://", timeout=patience))
+        devices = _devices(store, place, processes, on.type)
+        if len(set(devices)) == 1:
+            how = {"store": store, "rank": place, "world_size": processes, "timeout": patience}
+            dist.init_process_group(backends, **how)
+            roll_call = group(seconds)
     except (RuntimeError, ValueError) as error:
         raise Missing(f"the processes did not find each other: {_first_line(error)}") from error
+    if len(set(devices)) > 1:
+        odd = devices.index(next(kind for kind in devices if kind != devices[0]))
+        raise ValueError(
+            f"process 0 computes on {devices[0]} and process {odd} on {devices[odd]}, which do "
+            "not talk to each other; give all the same --device"
+        )
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
@@ -107,6 +118,12 @@ def joined(on: torch.device, seconds: float = 600) -> Iterator[None]:
         raise Missing(f"{_who_is_missing(roll_call)} ({_first_line(error)})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _devices(store: dist.Store, place: int, processes: int, own: str) -> list[str]:
+    """The kind of device of each process, from the store: a group of two kinds would hang."""
+    store.set(f"device of {place}", own)
+    return [store.get(f"device of {other}").decode() for other in range(processes)]
 
 
 def _see_restarts() -> None:
