@@ -7,6 +7,7 @@ Dimensions in this file
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 PLACES = {"begin": 0.1, "middle": 0.5, "end": 0.9}  # part of the text that stands before
+UNREAD = "unread"
 TASKS = "key_values", "book"
 AT_ONCE = 16_384  # tokens that are read before the cache holds them
 
@@ -152,7 +154,8 @@ def examine(
         seed: of the questions.
 
     Returns:
-        ``losses``; and for each task the share of right answers by length and place.
+        ``losses``; and for each task the share of right answers by length and place, and under
+        ``UNREAD`` that of the same questions without the context, which a good guess gets right.
     """
     ids = tokenizer.encode(book)
     losses = loss_by_position(model, ids, positions, spans=spans, precision=precision)
@@ -160,11 +163,11 @@ def examine(
     for position, loss in zip(positions, losses, strict=True):
         print(f"  {position:7,} tokens  {loss:6.3f}")
     print(f"right answers of {questions}, a quarter by chance\n{'':24}", end="")
-    print("  ".join(f"{place:>6}" for place in PLACES))
+    print("  ".join(f"{place:>6}" for place in (*PLACES, UNREAD)))
     shares_of: dict[str, dict] = {task: {} for task in tasks}
     for task, found in shares_of.items():
         for length in tokens:
-            found[length] = {}
+            found[length], unread = {}, 0
             for place, part in PLACES.items():
                 asked = [
                     book_question(book, tokenizer, length, part, seed + n)
@@ -172,12 +175,19 @@ def examine(
                     else key_values(tokenizer, length, part, seed + n)
                     for n in range(questions)
                 ]
-                answers = chosen(model, tokenizer, asked, precision=precision)
-                right = sum(a == one.right for a, one in zip(answers, asked, strict=True))
+                right = _right(model, tokenizer, asked, precision)
                 found[length][place] = right / questions
+                guessed = [replace(one, context="") for one in asked]
+                unread += _right(model, tokenizer, guessed, precision)
+            found[length][UNREAD] = unread / questions / len(PLACES)
             shares = "  ".join(f"{share:6.0%}" for share in found[length].values())
             print(f"  {task:10}  {length:8,}  {shares}", flush=True)
     return {"losses": losses} | shares_of
+
+
+def _right(model: MPT, tokenizer: Tokenizer, asked: Sequence[Choice], precision: Precision) -> int:
+    answers = chosen(model, tokenizer, asked, precision=precision)
+    return sum(a == one.right for a, one in zip(answers, asked, strict=True))
 
 
 class LongContext(RunSettings):

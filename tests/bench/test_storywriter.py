@@ -83,6 +83,7 @@ def test_both_models_read_the_books_that_neither_was_trained_on(small, data, tmp
             assert book["tokens"] > 900
         (asked,) = [book["key_values"] for book in model["books"].values() if "key_values" in book]
         assert set(asked) == {"700", "1000"}
+        assert set(asked["700"]) == {"begin", "middle", "end", "unread"}
     assert figures["memory"]["4096"] > 2 * figures["memory"]["32"] > 0
     for line in (tmp_path / "home" / "echoes.jsonl").read_text().splitlines():
         assert "Then" in json.loads(line)["text"]
