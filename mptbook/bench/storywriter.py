@@ -1,8 +1,9 @@
 """`mptbook bench storywriter`: what long rows give a model that has learned on short ones.
 
 StoryWriter's recipe in small: mpt-tiny learns on rows of 512 tokens, then goes on with rows of
-8,192, `configs/tiny-storywriter.toml`. Both models then read books that neither was trained on:
-loss by position, retrieval, and what each writes after a whole novel.
+8,192, `configs/tiny-storywriter.toml`. All models then read books that none was trained on: loss
+by position, retrieval, and what each writes after a whole novel. The long rows are learned twice:
+with slopes whose flattest head loses a nat over them, and with StoryWriter's own, flatter ones.
 
 Texts of a few megabytes teach a small model nothing that lies thousands of tokens back. So a
 fifth of what it reads in short rows are echoes: lines out of the other texts, most of which come
@@ -35,7 +36,8 @@ from mptbook.train.loop import train_steps
 from mptbook.train.optimizer import make_optimizer
 from mptbook.train.pretrain import Pretrain, pretrain
 
-SHORT, LONG = "short rows", "long rows"
+SHORT = "short rows"
+LONG = {"long rows, bias_max 13": 13, "long rows, bias_max 16": 16}
 BOOKS = ("Wells, H. G. - The Island of Doctor Moreau", "Huxley, Aldous - Crome Yellow")
 ROW_TOKENS = 512  # of the short rows
 ENDING = "\n\nEPILOGUE\n\n"
@@ -76,7 +78,7 @@ class BenchStoryWriter(Bench):
     """Train on short rows, then on long ones, and read books: `mptbook bench storywriter`."""
 
     tokenizer: str = Field(description="a tokenizer.json of mpt-tiny's 8,192 ids")
-    home: Path = Field(description="folder for the rows and both runs; an interrupted one goes on")
+    home: Path = Field(description="folder for the rows and all runs; an interrupted one goes on")
     positions: list[PositiveInt] = Field(
         [64, 256, 512, 1024, 2048, 4096, 8192, 10_650],
         description="tokens read before, for the loss; the last is beyond the long rows",
@@ -97,21 +99,7 @@ class BenchStoryWriter(Bench):
         domains = [*default_domains(), ECHOES]
         self._prepare(rows, domains)
         keep_freed_memory()
-        how = {"data": rows, "resume": True}
-        recipes = {
-            SHORT: Pretrain.from_toml(
-                CONFIGS / "tiny.toml",
-                out=self.home / "short",
-                mixture=dict.fromkeys(domains, 1),
-                **how,
-            ),
-            LONG: Pretrain.from_toml(
-                CONFIGS / "tiny-storywriter.toml",
-                out=self.home / "long",
-                weights=str(self.home / "short"),
-                **how,
-            ),
-        }
+        recipes = self._recipes(rows, domains)
         found = {name: _trained(settings) for name, settings in recipes.items()}
         for name, settings in recipes.items():
             print(f"\n{name}: {settings.out}")
@@ -127,6 +115,22 @@ class BenchStoryWriter(Bench):
         for T, size in memory.items():
             print(f"a training step of a row of {T:6,} tokens adds {size / 1e6:,.0f} MB")
         return {"settings": settings, "models": found, "memory": memory}
+
+    def _recipes(self, rows: Path, domains: Sequence[str]) -> dict[str, Pretrain]:
+        how = {"data": rows, "resume": True}
+        out, every = self.home / "short", dict.fromkeys(domains, 1)
+        short = Pretrain.from_toml(CONFIGS / "tiny.toml", out=out, mixture=every, **how)
+        recipes = {SHORT: short}
+        for name, most in LONG.items():
+            recipe = Pretrain.from_toml(
+                CONFIGS / "tiny-storywriter.toml",
+                out=self.home / f"long-{most}",
+                weights=str(self.home / "short"),
+                **how,
+            )
+            recipe.shape = recipe.shape | {"alibi_bias_max": most}
+            recipes[name] = recipe
+        return recipes
 
     def _prepare(self, rows: Path, domains: Sequence[str]) -> None:
         """Rows of the default texts but `BOOKS`, and of echoes out of them."""
