@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import environment
+from processes import environment, wait_for
 from torch.distributed.run import get_args_parser
 
 from mptbook.settings import CONFIGS
@@ -174,14 +174,6 @@ def on_two_hosts(words, **changes):
 def steps_taken(out):
     log = out / "log.jsonl"
     return sum(line["kind"] == "step" for line in read_history(out)) if log.exists() else 0
-
-
-def wait_for(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_two_hosts_train_one_model(command, stage):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run, start, wait_for
 from safetensors.torch import load_file
 
 from mptbook.train.checkpoint import checkpoints
@@ -19,25 +20,8 @@ from mptbook.train.log import read_history, read_log
 from mptbook.train.supervise import wait
 
 FAULTY = str(Path(__file__).with_name("faulty.py"))
-ROOT = Path(__file__).parents[2]
 # Five losses of a small run lie close together by chance: 6 of their deviations are not enough.
 GUARD = {"guard.window": 5, "guard.threshold": 40, "guard.lead": 2, "guard.patience": 1}
-
-
-def run(words):
-    """Exit code, and all that was said."""
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    return done.returncode, done.stdout + done.stderr
-
-
-def start(words):
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def with_fault(kind, places):
@@ -51,14 +35,6 @@ def steps_logged(out):
 def lines(out, kind):
     history = read_history(out) if (out / "log.jsonl").exists() else []
     return (line for line in history if line["kind"] == kind)
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def assert_same_end(a, b):

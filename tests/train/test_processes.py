@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from processes import environment, run, torchrun
+from processes import environment, run, start, torchrun, wait_for
 from safetensors.torch import load_file
 
 from mptbook import load_model
@@ -129,14 +128,6 @@ def test_two_processes_evaluate_as_one_does(unbroken, data):
     assert run(torchrun(2, "-m", "mptbook", *words)) == alone
 
 
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def steps_taken(out):
     log = out / "log.jsonl"
     return sum(line["kind"] == "step" for line in read_history(out)) if log.exists() else 0
@@ -148,12 +139,6 @@ def workers(process):
         ["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True
     )
     return sorted(int(line.split()[0]) for line in listed.stdout.splitlines() if "mptbook" in line)
-
-
-def start(words):
-    return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
 
 
 def assert_same_end(out, other):
