@@ -12,7 +12,6 @@ again.
 
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +36,8 @@ from mptbook.train.optimizer import make_optimizer
 from mptbook.train.pretrain import Pretrain, pretrain
 
 SHORT = "short rows"
-LONG = {"long rows, bias_max 13": 13, "long rows, bias_max 16": 16}
+FLATTER = "long rows, bias_max 16"
+LONG = {"long rows, bias_max 13": 13, FLATTER: 16}
 BOOKS = ("Wells, H. G. - The Island of Doctor Moreau", "Huxley, Aldous - Crome Yellow")
 ROW_TOKENS = 512  # of the short rows
 ENDING = "\n\nEPILOGUE\n\n"
@@ -107,6 +107,7 @@ class BenchStoryWriter(Bench):
             for number, (title, book) in enumerate(held_out_books(rows).items()):
                 print(title)
                 tasks = TASKS if number == 0 else ("book",)  # the other is not about a book
+                tasks = () if name == FLATTER else tasks  # of that one, the loss is asked for
                 found[name]["books"][title] = self._read(model, tokenizer, book, tasks)
         settings = self.model_dump(
             mode="json", include={"positions", "tokens", "spans", "questions"}
@@ -161,16 +162,12 @@ class BenchStoryWriter(Bench):
             model, tokenizer, book, positions=self.positions, tokens=self.tokens, **how
         )
         prompt = book + ENDING
-        start = time.perf_counter()
         (ending,) = generate(
             model, tokenizer, prompt, max_new_tokens=self.new_tokens, temperature=0.8, top_p=0.95
         )
-        seconds = time.perf_counter() - start
         n_tokens = len(tokenizer.encode(prompt))
-        print(
-            f"{n_tokens:,} tokens read and an ending written in {seconds:.0f} s:{ENDING}{ending}\n"
-        )
-        return figures | {"tokens": n_tokens, "seconds": seconds, "ending": ending}
+        print(f"{n_tokens:,} tokens read, and an ending:{ENDING}{ending}\n")
+        return figures | {"tokens": n_tokens, "ending": ending}
 
 
 def _trained(settings: Pretrain) -> dict:

@@ -162,8 +162,9 @@ def examine(
     print(f"nats per token of {spans} spans of a text of {len(ids):,} tokens, after")
     for position, loss in zip(positions, losses, strict=True):
         print(f"  {position:7,} tokens  {loss:6.3f}")
-    print(f"right answers of {questions}, a quarter by chance\n{'':24}", end="")
-    print("  ".join(f"{place:>6}" for place in (*PLACES, UNREAD)))
+    if tasks:
+        print(f"right answers of {questions}, a quarter by chance\n{'':24}", end="")
+        print("  ".join(f"{place:>6}" for place in (*PLACES, UNREAD)))
     shares_of: dict[str, dict] = {task: {} for task in tasks}
     for task, found in shares_of.items():
         for length in tokens:
