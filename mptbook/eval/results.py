@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mptbook.eval.reader import Reader
@@ -112,10 +113,10 @@ def _version(name: str) -> str | None:
 
 def table(tasks: Mapping[str, dict], categories: Mapping[str, float]) -> Table:
     """Tasks with accuracy, standard error and chance, and then the categories."""
-    shown = Table("task")
-    for column in ("questions", "shots", "accuracy", "chance", "above", "calibration"):
-        shown.add_column(column, justify="right")
-    shown.add_column("compared by")
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("task", "n", "shots", "accuracy", "error", "chance", "above", "ECE", "by"):
+        side = "left" if column in ("task", "by") else "right"
+        shown.add_column(column, justify=side, no_wrap=True)
     for name, found in tasks.items():
         task, error = found["task"], found["error"]
         off = found.get("calibration")
@@ -123,7 +124,8 @@ def table(tasks: Mapping[str, dict], categories: Mapping[str, float]) -> Table:
             name,
             f"{found['n']:,}",
             str(task["shots"]),
-            f"{found['accuracy']:.3f}" + (f" ± {error:.3f}" if error is not None else ""),
+            f"{found['accuracy']:.3f}",
+            "" if error is None else f"{error:.3f}",
             f"{found['chance']:.3f}",
             f"{found['above']:+.3f}",
             "" if off is None else f"{off:.3f}",
@@ -131,12 +133,12 @@ def table(tasks: Mapping[str, dict], categories: Mapping[str, float]) -> Table:
         )
     shown.add_section()
     for name, above in categories.items():
-        shown.add_row(name, "", "", "", "", f"{above:+.3f}", "", "")
+        shown.add_row(name, *[""] * 5, f"{above:+.3f}", "", "")
     return shown
 
 
 def draw(results: Mapping[str, Mapping[str, dict]], path: Path | None = None):
-    """Bars of accuracy with two standard errors, a dash where a guess would be.
+    """Bars of accuracy with two standard errors, a thick line where a guess would be.
 
     Args:
         results: for each model, its tasks.
@@ -164,11 +166,12 @@ def draw(results: Mapping[str, Mapping[str, dict]], path: Path | None = None):
         errors = [2 * (found["error"] or 0) for found in tasks.values()]
         chances = [found["chance"] for found in tasks.values()]
         ax.barh(rows, accuracies, height, xerr=errors, label=model, error_kw={"lw": 0.8})
-        ax.plot(chances, rows, "|", color="black", markersize=60 * height / len(results) ** 0.3)
+        lower, upper = [row - height / 2 for row in rows], [row + height / 2 for row in rows]
+        ax.vlines(chances, lower, upper, color="black", lw=2)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
-    ax.set_xlabel("accuracy, with two standard errors; | what a guess gets")
+    ax.set_xlabel("accuracy, with two standard errors; thick: what a guess gets")
     ax.spines[["top", "right"]].set_visible(False)
     if len(results) > 1:
         ax.legend(frameon=False, fontsize=8)
