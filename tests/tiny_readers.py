@@ -30,7 +30,7 @@ def mpt_directory(folder, seed=0, **changes):
     model = MPT(MPTConfig(**shape, max_seq_len=96).replace(**changes))
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(8) if weight.dim() > 1 else None
+            weight.mul_(2) if weight.dim() > 1 else None
     save_model(model, folder, train_bpe(TEXTS, VOCABULARY))
     return folder
 
@@ -51,7 +51,7 @@ def peer_reader(kind):
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(8) if weight.dim() > 1 else None
+            weight.mul_(2) if weight.dim() > 1 else None
     backend = train_bpe(TEXTS, VOCABULARY).backend
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
