@@ -31,6 +31,7 @@ VERBS = {
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
     "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
+    "bench evaluate": ("mptbook.bench.evaluate", "BenchEvaluate", "tasks put to three models"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),
     "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }

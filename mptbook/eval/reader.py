@@ -51,6 +51,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.model.eval()
+        self.tokenizer.model_max_length = int(1e9)  # or it warns of texts that are cut here
         takes = inspect.signature(self.model.forward).parameters
         self._positions = "position_ids" in takes
         self._keeps = "logits_to_keep" in takes
