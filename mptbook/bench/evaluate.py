@@ -7,16 +7,19 @@ beside SmolLM2-135M-Instruct. Every choice is scored by all conventions at once.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import Field, PositiveInt
 
 from mptbook.bench.measure import Bench, medians
+from mptbook.data.benchmarks import load_benchmark
 from mptbook.eval.peer import SMOLLM2, peer_path
 from mptbook.eval.reader import Reader, load_reader
+from mptbook.eval.score import likelihoods
 from mptbook.eval.suite import calibration_error, categories, load_suite, run_task
-from mptbook.eval.tasks import Choice, Task
+from mptbook.eval.tasks import Choice, Task, pose
 from mptbook.hf import MPTForCausalLM
 from mptbook.model.mpt import MPT
 from mptbook.train.recipe import trained
@@ -119,21 +122,25 @@ def sharing(reader: Reader, *, shots: int = 5, items: int = 16, repeats: int = 3
     """Seconds for questions of MMLU with examples before them, by what is read once.
 
     Returns:
-        ``seconds``, medians: ``apart`` every option with its whole prompt; ``question`` the
-        prompt once for its options, each with examples of its own; ``examples`` those once for
-        all questions too.
+        ``tokens`` of all rows, and ``seconds``, medians: ``apart`` every option with its whole
+        prompt; ``question`` the prompt once for its options, each question with examples of its
+        own; ``examples`` those once for all questions too.
     """
     task = load_suite("default").tasks["mmlu"].model_copy(update={"shots": shots})
     each = task.model_copy(update={"draw": "each"})
     ways = {"apart": (each, False), "question": (each, True), "examples": (task, True)}
-    runs = {
-        name: lambda way=way: run_task(reader, way[0], items=items, share=way[1])
-        for name, way in ways.items()
-    }
+    questions = load_benchmark("mmlu")
+    runs, tokens = {}, {}
+    for name, (way, share) in ways.items():
+        posed = pose(way, questions, items)
+        pairs = [reader.pair(*pair) for one in posed for pair in one.pairs]
+        tokens[name] = sum(len(before) + len(after) for before, after in pairs)
+        runs[name] = partial(likelihoods, reader, pairs, share=share)
     seconds = medians(runs, repeats)
     for name, each_took in seconds.items():
         print(f"{name:10} {each_took:6.2f} s  {seconds['apart'] / each_took:.1f} times", flush=True)
-    return {"task": "mmlu", "shots": shots, "items": items, "seconds": seconds}
+    about = {"task": "mmlu", "shots": shots, "items": items, "threads": torch.get_num_threads()}
+    return about | {"tokens": tokens, "seconds": seconds}
 
 
 class BenchEvaluate(Bench):

@@ -56,6 +56,7 @@ class Reader:
     def __post_init__(self) -> None:
         self.model.eval()
         self.tokenizer.model_max_length = int(1e9)  # or it warns of texts that are cut here
+        self._context: tuple[str, list[int]] = "", []
         takes = inspect.signature(self.model.forward).parameters
         self._positions = "position_ids" in takes
         self._keeps = "logits_to_keep" in takes
@@ -98,8 +99,10 @@ class Reader:
         continuation, context = context[len(stripped) :] + continuation, stripped
         if not context:
             return [self.start], self.tokenizer.encode(continuation, add_special_tokens=False)
-        before, whole = self.encode(context), self.encode(context + continuation)
-        after = whole[len(before) :]
+        if context != self._context[0]:  # the options of a question have the same
+            self._context = context, self.encode(context)
+        before = self._context[1]
+        after = self.encode(context + continuation)[len(before) :]
         # A continuation that melts into the last token of its context is read for itself.
         return before, after or self.tokenizer.encode(continuation, add_special_tokens=False)
 
