@@ -5,10 +5,8 @@ question, and the questions of a task share its examples.
 
 Dimensions in this file
     B   contexts of a batch
-    W   tokens of the longest of them
-    P   tokens with which all of them begin
-    R   continuations of all of them
-    L   tokens of the longest continuation
+    L   tokens of a continuation
+    V   vocabulary
 """
 
 import itertools
@@ -17,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from mptbook.eval.prefix import Prefix, left_padded
 from mptbook.eval.reader import Reader
 
 BATCH_TOKENS = 4096
@@ -71,7 +69,8 @@ def likelihoods(
     found: list[Likelihood | None] = [None] * len(pairs)
     prefix = Prefix(reader)
     contexts = _contexts(pairs, reader.max_tokens, share)
-    for batch in _batches(contexts, batch_tokens):
+    parts = [part for context in contexts for part in _parts(context, batch_tokens)]
+    for batch in _batches(parts, batch_tokens):
         score = _score_shared(prefix, batch) if share else _score_apart(reader, batch)
         answers = itertools.chain.from_iterable(score)
         whose = [(context, place) for context in batch for place in context.places]
@@ -100,87 +99,36 @@ def _contexts(
     return sorted(contexts.values(), key=lambda one: -len(one.ids))
 
 
+def _parts(context: Context, batch_tokens: int) -> Iterator[Context]:
+    """The same context with as many of its continuations at a time as a batch can hold."""
+    pairs = sorted(
+        zip(context.continuations, context.places, strict=True), key=lambda p: -len(p[0])
+    )
+    while pairs:
+        width = len(context.ids) + len(pairs[0][0])
+        rows = max(1, batch_tokens // width)
+        taken, pairs = pairs[:rows], pairs[rows:]
+        yield Context(context.ids, *map(list, zip(*taken, strict=True)), context.truncated)
+
+
 def _batches(contexts: Sequence[Context], batch_tokens: int) -> Iterator[list[Context]]:
     batch: list[Context] = []
     rows = longest = 0
     for context in contexts:
-        more = rows + len(context.continuations)
-        width = len((batch or [context])[0].ids) + max(longest, *map(len, context.continuations), 0)
-        if batch and more * width > batch_tokens:
+        tail = max(longest, *map(len, context.continuations))
+        width = len((batch or [context])[0].ids) + tail
+        if batch and (rows + _rows(context)) * width > batch_tokens:
             yield batch
-            batch, more, longest = [], len(context.continuations), 0
+            batch, rows, tail = [], 0, max(map(len, context.continuations))
         batch.append(context)
-        rows, longest = more, max(longest, *map(len, context.continuations), 0)
+        rows, longest = rows + _rows(context), tail
     if batch:
         yield batch
 
 
-class Prefix:
-    """The keys and values of what the contexts of a batch begin with, kept for the next batch."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self._ids: list[int] = []
-        self._cache = DynamicCache()
-
-    def spread(self, contexts: Sequence[list[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Contexts as one block that ends with the last token of each.
-
-        The first P of its W columns are in the cache already. A context that is shorter than
-        the longest has its part of the prefix moved to the right, behind its padding; what of
-        it is moved out of the P columns is read again, so that nothing has a gap.
-
-        Returns:
-            (B, W - P) ids to be read, the (B, W) mask, and the cache of B rows, P tokens each.
-        """
-        reader = self.reader
-        ids, mask = left_padded(contexts, reader.device)
-        shared = min(common_begin(contexts), ids.shape[1] - 1)  # one token at least is read
-        if not shared:
-            return ids, mask, DynamicCache()
-        self._read(max(contexts, key=len)[:shared])
-        padding = (~mask).sum(1)  # (B,)
-        source = torch.arange(shared, device=reader.device) - padding[:, None]  # (B, P)
-        source = source.clamp(min=0)  # under padding, where it is hidden
-        moved = DynamicCache()
-        for number, layer in enumerate(self._cache.layers):
-            keys, values = (
-                kept[0][:, source].transpose(0, 1) for kept in (layer.keys, layer.values)
-            )
-            moved.update(keys.contiguous(), values.contiguous(), number)
-        return ids[:, shared:], mask, moved
-
-    def _read(self, ids: list[int]) -> None:
-        """Have the cache hold exactly these tokens."""
-        kept = common_begin([self._ids, ids])
-        if kept:
-            self._cache.crop(kept - len(self._ids))
-        else:
-            self._cache = DynamicCache()
-        if kept < len(ids):
-            mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.reader.device)
-            new = torch.tensor([ids[kept:]], device=self.reader.device)
-            self.reader.logits(new, mask, self._cache, keep=1)
-        self._ids = ids
-
-
-def common_begin(rows: Sequence[list[int]]) -> int:
-    """With how many equal tokens all rows begin."""
-    return next(
-        (n for n, column in enumerate(zip(*rows)) if len(set(column)) > 1),  # noqa: B905
-        min(map(len, rows)),
-    )
-
-
-def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, W) ids that end with the last of each row, and the mask of what is no padding."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = True
-    return ids.to(device), mask.to(device)
+def _rows(context: Context) -> int:
+    """How many rows are read of a context: of options that are one token, the context tells all."""
+    return len(context.continuations) if max(map(len, context.continuations)) > 1 else 1
 
 
 Scored = list[tuple[float, int, bool]]

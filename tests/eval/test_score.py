@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from tiny_readers import PEERS, mpt_directory, mpt_reader, peer_reader
 
+from mptbook.eval.prefix import Prefix, common_begin
 from mptbook.eval.reader import load_reader
 from mptbook.eval.score import (
     Context,
-    Prefix,
     _batches,
-    common_begin,
     continuations,
     likelihoods,
 )
@@ -122,6 +121,27 @@ def test_the_batches_hold_all_contexts_and_no_more_tokens_than_allowed():
         rows, width = 2 * len(batch), len(batch[0].ids) + 5
         assert rows * width <= 160
     assert len(batches) == 4
+
+
+def test_a_context_of_many_continuations_is_scored_in_parts(readers, monkeypatch):
+    reader = readers["mpt"]
+    pairs = [reader.pair("", "the cat sat on the mat"[: 4 + n]) for n in range(17)]
+    widest, ask = [], reader.logits
+
+    def watched(ids, mask, cache, keep):
+        widest.append(mask.numel())
+        return ask(ids, mask, cache, keep)
+
+    monkeypatch.setattr(reader, "logits", watched)
+    found = likelihoods(reader, pairs, batch_tokens=40)
+    assert max(widest) <= 40
+    for one, pair in zip(found, pairs, strict=True):
+        assert one.nats == pytest.approx(by_hand(reader, *pair)[0], abs=1e-4)
+
+
+def test_continuations_of_one_token_need_no_rows_of_their_own():
+    contexts = [Context([1] * 9, [[1], [2], [3], [4]]) for _ in range(6)]
+    assert [len(batch) for batch in _batches(contexts, 30)] == [3, 3]
 
 
 def test_an_empty_continuation_is_refused(readers):
