@@ -1,5 +1,6 @@
 """The verb `mptbook evaluate`: held-out bits per byte, or a suite of tasks."""
 
+import os
 import time
 from pathlib import Path
 
@@ -25,7 +26,8 @@ SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 class Evaluate(perplexity.Evaluate):
     """Bits per byte of held-out texts by domain, or tasks: `mptbook evaluate DIR --suite default`.
 
-    With --suite, DIR can be any causal language model that transformers loads.
+    With --suite, DIR can be any causal language model that transformers loads: a directory, a
+    .gguf file, a name on the hub; or smollm2-135m-instruct, which comes in a pinned wheel.
     """
 
     suite: str = Field("", description="tasks to put: default, gauntlet, or the path of a .toml")
@@ -49,6 +51,12 @@ class Evaluate(perplexity.Evaluate):
             super().run()
 
     def _run_suite(self, suite: Suite) -> None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun says so
+        if processes > 1:
+            raise ValueError(
+                f"a suite is run by one process, and here are {processes}; start it without "
+                "torchrun, on several GPUs with --tasks once for each"
+            )
         unknown = [name for name in self.tasks if name not in suite.tasks]
         if unknown:
             raise ValueError(

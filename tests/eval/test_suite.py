@@ -199,6 +199,12 @@ def test_a_bad_row_can_stop_the_verb(folder, suite, capsys):
     assert "line 14: gold is missing; mend it" in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(folder, suite, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert evaluate(folder, "--suite", suite) == 2
+    assert "a suite is run by one process, and here are 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
