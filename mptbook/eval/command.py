@@ -13,12 +13,12 @@ from mptbook.data.benchmarks import BENCHMARKS
 from mptbook.eval import perplexity
 from mptbook.eval.code import isolation
 from mptbook.eval.peer import PEERS, peer_path
-from mptbook.eval.questions import OnBad
+from mptbook.eval.questions import OnBad, load_questions
 from mptbook.eval.reader import load_reader
 from mptbook.eval.results import Results, draw, model_digest, table, task_key
 from mptbook.eval.score import BATCH_TOKENS
 from mptbook.eval.suite import Suite, categories, load_suite, run_task
-from mptbook.eval.tasks import Task
+from mptbook.eval.tasks import Task, pose
 
 SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 
@@ -63,6 +63,8 @@ class Evaluate(perplexity.Evaluate):
                 f"{unknown[0]} is no task of the suite; it has {', '.join(suite.tasks)}"
             )
         chosen = {name: suite.tasks[name] for name in self.tasks or suite.tasks}
+        for task in chosen.values():  # before hours are spent on the first of them
+            pose(task, load_questions(task, self.on_bad)[0], 1)
         path = peer_path(self.model) if self.model in PEERS else self.model
         reader = load_reader(
             path,
@@ -73,6 +75,7 @@ class Evaluate(perplexity.Evaluate):
         about = {"path": str(self.model), "digest": model_digest(path, reader)}
         results = Results(self.out, about | {"max_tokens": reader.max_tokens})
         _say_licences(chosen)
+        tasks: dict[str, dict] = {}
         for name, task in chosen.items():
             key = task_key(
                 task,
@@ -82,7 +85,8 @@ class Evaluate(perplexity.Evaluate):
                 on_bad=self.on_bad,
             )
             if results.found(name, key):
-                print(f"{name}: found before, {results.tasks[name]['accuracy']:.3f}")
+                tasks[name] = results.tasks[name]
+                print(f"{name}: found before, {tasks[name]['accuracy']:.3f}")
                 continue
             began = time.monotonic()
             with Shown(name) as shown:
@@ -96,10 +100,10 @@ class Evaluate(perplexity.Evaluate):
                     progress=shown,
                 )
             seconds = round(time.monotonic() - began, 2)
-            results.add(name, key, {"items_asked_for": self.items, "seconds": seconds} | found)
-            results.write(categories(suite, results.tasks))
+            tasks[name] = {"items_asked_for": self.items, "seconds": seconds} | found
+            results.add(name, key, tasks[name])
+            results.write(categories(suite, tasks))
             _say(name, found, seconds)
-        tasks = {name: results.tasks[name] for name in chosen}
         means = categories(suite, tasks)
         Console().print(table(tasks, means))
         if self.out is not None:

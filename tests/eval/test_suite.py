@@ -50,6 +50,7 @@ grade = "program"
 delimiter = ""
 max_new_tokens = 3
 """
+FIRST = 'type = "completion"\ndata = "arithmetic"\n[tasks.cats]'
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,9 @@ def test_results_of_another_model_are_not_gone_on_with(folder, suite, tmp_path, 
     assert "holds no results of a suite" in capsys.readouterr().err
 
 
-def test_a_bad_row_can_stop_the_verb(folder, suite, capsys):
+def test_a_bad_row_can_stop_the_verb_before_anything_is_run(folder, suite, monkeypatch, capsys):
+    suite.write_text(suite.read_text().replace("[tasks.cats]", "[tasks.first]\n" + FIRST, 1))
+    monkeypatch.setattr(command, "run_task", lambda *a, **k: pytest.fail("a task was run"))
     assert evaluate(folder, "--suite", suite, "--on-bad", "stop") == 2
     assert "line 14: gold is missing; mend it" in capsys.readouterr().err
 
