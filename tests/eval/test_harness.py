@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_readers import mpt_directory
+from tiny_readers import PEERS, mpt_directory, peer_reader
 
 from mptbook.data.benchmarks import Question
 from mptbook.eval.reader import load_reader
@@ -86,6 +86,26 @@ def test_choices_equal_item_by_item_under_each_convention(folder, reader, model)
     for metric, how in ways.items():
         assert totals[f"{metric},none"] == pytest.approx(found["conventions"][how])
     assert len({round(share, 3) for share in found["conventions"].values()}) > 1
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_models_of_other_families_equal_item_by_item(kind):
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from mptbook.eval.harness import as_harness_task
+
+    reader = peer_reader(kind)
+    task = Choice(data="x.jsonl", shots=2)
+    posed = pose(task, CHOICES)
+    rows = our_rows(reader, task, posed)
+    read = HFLM(reader.model, tokenizer=reader.tokenizer, batch_size=3, max_length=96)
+    asked = {"asked": as_harness_task("asked", task, posed)}
+    found = evaluate(read, asked, log_samples=True, bootstrap_iters=0)
+    samples = sorted(found["samples"]["asked"], key=lambda sample: sample["doc_id"])
+    for row, sample in zip(rows, samples, strict=True):
+        assert row["nats"] == pytest.approx(nats_of(sample), abs=1e-4)
+        assert sample["acc_norm"] == float(row["chosen"]["characters"] == row["gold"])
 
 
 @pytest.mark.parametrize("model", ["hf", "mptbook"])
