@@ -9,9 +9,10 @@ import pytest
 from tiny_readers import PEERS, mpt_directory, peer_reader
 
 from mptbook.data.benchmarks import Question
+from mptbook.eval.questions import load_questions
 from mptbook.eval.reader import load_reader
 from mptbook.eval.score import continuations, likelihoods
-from mptbook.eval.suite import _judged, summary
+from mptbook.eval.suite import _judged, load_suite, run_task, summary
 from mptbook.eval.tasks import Choice, Completion, Generation, Schema, grade, pose
 
 pytest.importorskip("lm_eval")
@@ -151,6 +152,26 @@ def test_texts_equal_item_by_item(folder, reader, model):
     for text, sample in zip(ours, samples, strict=True):
         assert text == sample["resps"][0][0]
         assert sample["acc"] == grade(task, text, ["hat"])
+
+
+SUITE = load_suite("default").tasks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SUITE if name != "humaneval"])
+def test_every_task_of_the_default_suite_equals_that_of_the_harness(name, tmp_path):
+    folder = mpt_directory(tmp_path / "model", max_seq_len=4096)
+    reader, task = load_reader(folder, precision="fp32"), SUITE[name]
+    posed = pose(task, load_questions(task)[0], 6)
+    found = run_task(reader, task, items=6)
+    _, samples = theirs("hf", task, posed, folder)
+    metric = {"characters": "acc_norm", "bytes": "acc_bytes"}
+    for row, sample in zip(found["items"], samples, strict=True):
+        if "nats" in row:
+            assert row["nats"] == pytest.approx(nats_of(sample), abs=1e-4, rel=2e-6)
+        else:
+            assert row["text"] == sample["resps"][0][0]
+        assert row["score"] == sample[metric.get(getattr(task, "normalise", ""), "acc")]
 
 
 def test_whole_texts_cost_as_much_as_through_their_own_model(folder):
