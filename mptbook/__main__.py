@@ -14,7 +14,7 @@ VERBS = {
     "history": ("mptbook.train.history", "History", "what happened to a run"),
     "consolidate": ("mptbook.train.snapshot", "Consolidate", "a model directory of a checkpoint"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
-    "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
+    "evaluate": ("mptbook.eval.command", "Evaluate", "bits per byte, or a suite of tasks"),
     "longcontext": ("mptbook.eval.longcontext", "LongContext", "what a model makes of long texts"),
     "plan": ("mptbook.plan.command", "Plan", "memory, days and cost of a run, beforehand"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
@@ -31,6 +31,7 @@ VERBS = {
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
     "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
+    "bench evaluate": ("mptbook.bench.evaluate", "BenchEvaluate", "tasks put to three models"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),
     "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }

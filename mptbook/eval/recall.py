@@ -29,11 +29,18 @@ def key_values(
     Source: the task of Liu et al., "Lost in the Middle", arXiv:2307.03172, section 3.
     """
     source = random.Random(seed)
-    line = "The number of {} is {}.\n"
+    per_line = len(tokenizer.encode(LINE.format(random_name(source), _number(source))))
+    return pairs_of_names(source, n_tokens // per_line, place, n_options)
+
+
+LINE = "The number of {} is {}.\n"
+
+
+def pairs_of_names(source: random.Random, n_pairs: int, place: float, n_options: int = 4) -> Choice:
+    """As `key_values`, a list of `n_pairs`, or of `n_options` where that is more."""
     numbers: dict[str, str] = {}  # of each name once, so that a question has one answer
-    per_line = len(tokenizer.encode(line.format(_name(source), _number(source))))
-    while len(numbers) < max(n_options, n_tokens // per_line):
-        numbers[_name(source)] = _number(source)
+    while len(numbers) < max(n_options, n_pairs):
+        numbers[random_name(source)] = _number(source)
     pairs = list(numbers.items())
     asked = round(place * (len(pairs) - 1))
     name, number = pairs[asked]
@@ -41,14 +48,15 @@ def key_values(
     options = [number, *others]
     source.shuffle(options)
     return Choice(
-        context="".join(line.format(*pair) for pair in pairs),
+        context="".join(LINE.format(*pair) for pair in pairs),
         question=f"The number of {name} is ",
         options=[f"{option}.\n" for option in options],
         right=options.index(number),
     )
 
 
-def _name(source: random.Random) -> str:
+def random_name(source: random.Random) -> str:
+    """Three syllables that mean nothing."""
     return "".join(source.choice("bdfgklmnprst") + source.choice("aeiou") for _ in range(3))
 
 

@@ -110,7 +110,7 @@ def test_a_pair_is_asked_for_where_it_stands(tokenizer):
 
 
 def test_each_name_stands_once_in_a_list(tokenizer, monkeypatch):
-    monkeypatch.setattr("mptbook.eval.recall._name", lambda source: str(source.randrange(60)))
+    monkeypatch.setattr("mptbook.eval.recall.random_name", lambda source: str(source.randrange(60)))
     choice = key_values(tokenizer, 600, 0.5, seed=1)
     names = [line.split()[3] for line in choice.context.splitlines()]
     assert len(set(names)) == len(names) > 10
