@@ -63,15 +63,16 @@ def add_adapters(model: MPT, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: MPT) -> None:
-    """Fill A as peft does, with the CPU's generator, and B with zeros.
+def initialise_adapters(model: MPT, seed: int = 0) -> None:
+    """Fill A as peft does, but by a seed of its own, and B with zeros.
 
-    Whole matrices are filled, of which each process takes its part: every number of processes
-    begins with the same adapters.
+    Whole matrices are filled on the CPU, of which each process takes its part: every number of
+    processes begins with the same adapters.
     """
+    chance = torch.Generator().manual_seed(seed)
     for _, layer in _adapted(model):
         a, b = _matrices(layer)
-        place(a, nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
+        place(a, nn.init.kaiming_uniform_(torch.empty(a.shape), math.sqrt(5), generator=chance))
         place(b, torch.zeros(b.shape))
 
 

@@ -293,5 +293,5 @@ def _model(settings: Finetune, config: MPTConfig, folder: Path) -> MPT:
         model.recompute = settings.recompute
         adapt(model)
     if lora.rank:
-        initialise_adapters(model)
+        initialise_adapters(model, settings.seed)
     return model
