@@ -98,7 +98,7 @@ def test_epochs_say_how_many_steps_there_are(chosen, tmp_path):
     assert run.settings.steps == -(-3 * len(run.feed.rows[0]) // 2)
 
 
-@pytest.mark.parametrize("lora", [0, 4])  # of all weights, and of adapters
+@pytest.mark.parametrize("lora", [0, 4])
 def test_two_processes_train_as_one(base, talk, tmp_path, lora):
     words = ["finetune", "--model", base, "--source", f"talk={talk}", "--steps", 4]
     words += ["--batch-tokens", 640, "--precision", "fp32", "--no-keep-evaluation-out"]
@@ -175,7 +175,7 @@ def test_a_long_conversation_loses_its_end_where_that_is_asked(chosen, tmp_path)
 
 
 def test_a_system_turn_is_put_before_conversations_without_one(chosen, tmp_path):
-    run = FinetuneRun.make(chosen(tmp_path, system="run far"))
+    run = FinetuneRun.make(chosen(tmp_path, system="run far", on_bad="skip"))
     inputs, *_ = next(run.feed.batches(0))
     text = run.tokenizer.decode(inputs[0].tolist())
     assert text.startswith("<|im_start|>system\nrun far<|im_end|>\n<|im_start|>user\n")
