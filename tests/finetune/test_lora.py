@@ -123,6 +123,19 @@ def test_a_resumed_run_of_adapters_ends_bit_identical(trained, chosen, tmp_path)
         assert torch.equal(load_file(part / "model" / "model.safetensors")[name], weight), name
 
 
+def test_the_command_merges_what_a_run_wrote(trained, tmp_path, capsys):
+    from mptbook.__main__ import main
+
+    assert main(["merge", str(trained / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json"):
+        merged, expected = (
+            (folder / name).read_bytes() for folder in (tmp_path / "merged", trained / "model")
+        )
+        assert merged == expected, name
+    assert main(["merge", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert "has no adapter_config.json" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match=r"lora.layers has wte; a block has Wqkv, out_proj"):
         add_adapters(load_model(base), Lora(rank=2, layers=["wte"]))

@@ -54,3 +54,20 @@ def test_without_a_mark_only_the_document_ends_an_answer(tokenizer, says):
     says([*tokenizer.encode("so<|im_end|>"), tokenizer.end_of_text])
     found = answer(None, tokenizer, ChatTemplate(NAMED["instruct"]), [ASK])
     assert found == [Answer("so<|im_end|>", True)]
+
+
+def test_the_command_asks_a_model_by_its_own_template(data, tmp_path, capsys):
+    from mptbook import MPT, MPTConfig, save_model
+    from mptbook.__main__ import main
+
+    tokenizer, template = Tokenizer.load(data), ChatTemplate(NAMED["instruct"])
+    torch.manual_seed(2)
+    shape = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
+    model = MPT(MPTConfig.named("mpt-tiny").replace(**shape)).eval()
+    save_model(model, tmp_path / "model", tokenizer, template=template)
+    assert main(["ask", str(tmp_path / "model"), "--prompt", "why", "--max-new-tokens", "7"]) == 0
+    (expected,) = answer(model, tokenizer, template, [ASK], max_new_tokens=7)
+    assert capsys.readouterr().out == expected.text + "\n"
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert main(["ask", str(tmp_path / "model"), "--prompt", "why"]) == 2
+    assert "has no chat template; give instruct," in capsys.readouterr().err
