@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mptbook.data.conversations import Conversation, Mistakes, read_conversations
+from mptbook.data.instructions import all_questions, clean_mix, held_out, without_overlap
 from mptbook.data.responses import ResponseRows, pack_conversations
 from mptbook.tokenizer.chat import ChatTemplate, check_marks, encode_pieces
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -48,6 +49,31 @@ class Gathered:
     @property
     def response_rows(self) -> ResponseRows:
         return ResponseRows(self.rows)
+
+    def as_json(self) -> dict:
+        """What was gathered and what was left out, for a log."""
+        bad = self.mistakes
+        return {
+            "conversations": self.counts,
+            "heldout": {name: len(part.conversations) for name, part in self.heldout.items()},
+            "filling": round(self.filling, 4),
+            "left_out": [
+                {"what": kind, "rows": n, "first": bad.named[kind]}
+                for kind, n in bad.counts.most_common()
+            ],
+            "overlaps": [[*match, n] for match, n in sorted(self.overlaps.items())],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        n = sum(self.counts.values())
+        said = [f"{n:,} conversations in rows that are {1 - self.filling:.1%} full"]
+        said += self.mistakes.lines()
+        if self.overlaps:
+            sets = ", ".join(sorted({name for name, _ in self.overlaps}))
+            n = self.overlaps.total()
+            said.append(f"left out {n:,} conversations with questions of evaluation sets ({sets})")
+        return said
 
 
 @dataclass(frozen=True)
@@ -107,8 +133,6 @@ def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, r
     Raises:
         ValueError: if a source has nothing to learn from; or for a bad row, if `on_bad` is `stop`.
     """
-    from mptbook.data.instructions import clean_mix, held_out
-
     layout = Layout(template, tokenizer, row_tokens, settings)
     found = Gathered(mistakes=Mistakes(settings.on_bad))
     if settings.source:
@@ -145,8 +169,6 @@ def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, r
 def _without_evaluation(
     sources: dict[str, list[Conversation]], found: Gathered
 ) -> dict[str, list[Conversation]]:
-    from mptbook.data.instructions import all_questions, without_overlap
-
     overlap = all_questions()
     kept = {}
     for name, conversations in sources.items():
