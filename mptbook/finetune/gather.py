@@ -117,6 +117,9 @@ class Layout:
                 kept.append(one)
                 own = [text for text, own in of_one if own]
                 own = own if self.settings.loss_on == "all" else own[-1:]
+                if len(ids) > room:  # what is left of them
+                    left = zip(ids[:room], learned[:room], strict=True)
+                    own = [self.tokenizer.decode(id for id, is_learned in left if is_learned)]
                 n_bytes += sum(len(text.encode()) for text in own)
         return examples, kept, n_bytes
 
@@ -124,7 +127,9 @@ class Layout:
         return pack_conversations(examples, self.row_tokens, self.tokenizer.end_of_text)
 
 
-def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, row_tokens: int):
+def gather(
+    settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, row_tokens: int
+) -> Gathered:
     """Read, check, split, encode and pack what `settings` name.
 
     Args:
