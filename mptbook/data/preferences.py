@@ -1,0 +1,245 @@
+"""Preferences: a prompt with two answers, one of which people liked better.
+
+The default set is made of the wheel chitchat-dataset: people wrote to each other in pairs about
+a given topic, and afterwards a conversation got three marks from 1 to 10. The mean of the three
+is its score. The prompt of a pair is a topic; the answers are what one speaker wrote in their
+first three turns in each of two conversations about it, and chosen is the one of the conversation
+with the higher score.
+
+So a score was given to a whole conversation, by one rater whom the data does not name, and not
+to one answer beside another. What made it high or low may lie in what the other one said, or
+came later. Whole conversations are no answers and are not compared; the longer of two is the
+one with the higher score in three cases of four.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet
+
+from mptbook import wheels
+from mptbook.data.corpora import SPLITS
+from mptbook.data.sources import decode, source_files
+from mptbook.tokenizer.chat import check_turns
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+OnBad = Literal["stop", "skip"]
+
+MARKS = ("witty", "interesting", "upbeat")
+UNTOUCHED = (5.0, 5.0, 5.0)  # half of all marks: where the sliders stood
+TURNS = 3  # of a speaker; the first is often no more than a greeting
+LEAST_WORDS, MOST_CHARACTERS = 4, 1000  # of what a speaker wrote in them
+HELD_OUT = 3  # one conversation in
+GAP = 2.0  # least difference of two scores
+MATCHED = 1.2  # most that the longer answer has of the shorter's characters
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt.
+
+    Attributes:
+        prompt: turns, the last of them the user's.
+        chosen, rejected: what the assistant says to it; the first was liked better.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A conversation of two people, with the marks that it got."""
+
+    name: str
+    topic: str
+    score: float  # mean of `MARKS`, 1 to 10
+    turns: tuple[tuple[str, str], ...]  # who wrote, and what
+
+    def said(self, speaker: int) -> str:
+        """What the first (0) or second (1) to write wrote in their first `TURNS` turns."""
+        first = self.turns[0][0]
+        texts = [text for who, text in self.turns if (who == first) == (speaker == 0)]
+        return "\n".join(texts[:TURNS])
+
+
+@cache
+def rated_conversations() -> tuple[Rated, ...]:
+    """The conversations of two people whose marks somebody gave, by name.
+
+    Left out are those whose three marks are all 5, and those in which nobody answered.
+    """
+    found = []
+    everything = json.loads(wheels.read("chitchat-dataset", "chitchat_dataset/dataset.json"))
+    for name, one in sorted(everything.items()):
+        marks = tuple(float(one["ratings"][mark]) for mark in MARKS) if "ratings" in one else None
+        if marks is None or marks == UNTOUCHED or not one.get("prompt"):
+            continue
+        turns = tuple(
+            (block[0]["sender"], " ".join(message["text"].strip() for message in block))
+            for block in one["messages"]
+        )
+        if len({who for who, _ in turns}) == 2:
+            found.append(Rated(name, one["prompt"], sum(marks) / len(marks), turns))
+    return tuple(found)
+
+
+def default_pairs(split: str, *, matched: bool = True, gap: float = GAP) -> list[Pair]:
+    """The pairs of the default set.
+
+    Conversations are split first, by their names, and paired then: none is on both sides. Each
+    gives at most one pair for each of its speakers.
+
+    Args:
+        split: `train` or `heldout`.
+        matched: only pair answers of like length, so that it cannot tell which is chosen.
+        gap: least difference of the two scores.
+
+    Raises:
+        ValueError: if the split is unknown.
+        ConnectionError: if the wheel cannot be fetched.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be train or heldout")
+    unpaired: dict[tuple[str, int], list[tuple[float, str]]] = {}
+    found = []
+    for one in rated_conversations():
+        if (zlib.crc32(one.name.encode()) % HELD_OUT == 0) != (split == "heldout"):
+            continue
+        for speaker in (0, 1):
+            said = one.said(speaker)
+            if len(said.split()) < LEAST_WORDS or len(said) > MOST_CHARACTERS:
+                continue
+            waiting = unpaired.setdefault((one.topic, speaker), [])
+            other = _partner(waiting, one.score, said, gap, matched)
+            if other is None:
+                waiting.append((one.score, said))
+                continue
+            waiting.remove(other)
+            (_, rejected), (_, chosen) = sorted([other, (one.score, said)])
+            found.append(Pair(({"role": "user", "content": one.topic},), chosen, rejected))
+    return found
+
+
+def _partner(
+    waiting: list[tuple[float, str]], score: float, said: str, gap: float, matched: bool
+) -> tuple[float, str] | None:
+    """The first that may be paired: which of the two is better, or longer, plays no part."""
+    for other, text in waiting:
+        short, long = sorted([len(said), len(text)])
+        if abs(other - score) >= gap and (not matched or long <= MATCHED * short):
+            return other, text
+    return None
+
+
+def longer_chosen(pairs: Sequence[Pair]) -> float:
+    """How often the chosen answer is the longer one, in characters; a tie counts half.
+
+    What "prefer the longer answer" gets right: far from 0.5, the pairs teach it.
+    """
+    sizes = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    return sum((a > b) + (a == b) / 2 for a, b in sizes) / len(sizes)
+
+
+def read_pairs(source: str | Path, on_bad: OnBad = "stop") -> tuple[list[Pair], list[str]]:
+    """Pairs out of JSON lines or parquet files; see `as_pair` for what a row may have.
+
+    Args:
+        source: a file, or a folder of such files.
+        on_bad: what to do at a row that is no pair: stop, or leave it out.
+
+    Returns:
+        The pairs; and of each row that was left out where it stands and what is wrong.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        ValueError: at the first bad row, if `on_bad` is stop; if there is no pair at all.
+    """
+    pairs, bad = [], []
+    for place, row in _rows(str(source)):
+        try:
+            pairs.append(as_pair(_parsed(row) if isinstance(row, str) else row))
+        except ValueError as error:
+            bad.append(f"{place}: {error}")
+            if on_bad == "stop":
+                raise ValueError(
+                    f"{bad[0]}; mend it, or leave such rows out with --on-bad skip"
+                ) from None
+    if not pairs:
+        raise ValueError(f"{source} has no pairs; {bad[0] if bad else 'its files are empty'}")
+    return pairs, bad
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Each row with where it stands; of JSON lines the text, as it may be damaged."""
+    for file in source_files(source):
+        if file.suffix == ".jsonl":
+            lines = decode(str(file), file.read_bytes()).split("\n")
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{file}, line {number}", line
+        elif file.suffix == ".parquet":
+            for number, row in enumerate(_table(file), start=1):
+                yield f"{file}, row {number}", row
+        else:
+            raise ValueError(f"{file} holds no pairs; give .jsonl or .parquet files")
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+
+
+def _table(file: Path) -> list[dict]:
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} cannot be read ({reason}); fetch or write it again") from None
+
+
+def as_pair(row: Any) -> Pair:
+    """A pair out of a row with the columns `prompt`, `chosen` and `rejected`.
+
+    `prompt` is text or a list of messages; the answers are text, or a list with one message of
+    the assistant. Without `prompt` both answers are whole conversations that differ in their
+    last turn, as in HH-RLHF.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is a {type(row).__name__}, not an object with columns")
+    for column in ("chosen", "rejected"):
+        if not row.get(column):
+            raise ValueError(f"it has no {column}")
+    chosen, rejected = (_turns(row[name], "assistant", name) for name in ("chosen", "rejected"))
+    if row.get("prompt"):
+        prompt = _turns(row["prompt"], "user", "prompt")
+    else:
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[len(chosen) - 1 :]
+        if not prompt or list(prompt) != list(_turns(row["rejected"], "", "")[: len(prompt)]):
+            raise ValueError("it has no prompt, and chosen and rejected share no conversation")
+    for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
+        if len(answer) != 1:
+            raise ValueError(f"{name} has {len(answer)} turns; it should be one answer")
+        check_turns([*prompt, *answer])
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same")
+    return Pair(tuple(prompt), chosen[0]["content"], rejected[0]["content"])
+
+
+def _turns(value: Any, role: str, name: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return value
+    raise ValueError(f"{name} is neither text nor a list of messages")
