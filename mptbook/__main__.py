@@ -11,6 +11,7 @@ VERBS = {
     "tokenizer": ("mptbook.data.vocabulary", "LearnTokenizer", "learn a byte-level BPE"),
     "prepare": ("mptbook.data.prepare", "Prepare", "turn texts into packed rows of tokens"),
     "pretrain": ("mptbook.train.pretrain", "Pretrain", "train a model"),
+    "finetune": ("mptbook.finetune.sft", "Finetune", "teach a model to answer"),
     "history": ("mptbook.train.history", "History", "what happened to a run"),
     "consolidate": ("mptbook.train.snapshot", "Consolidate", "a model directory of a checkpoint"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),

@@ -4,6 +4,7 @@
     model.safetensors        the weights; above 5 GB, numbered shards and an index of them
     tokenizer.json           with tokenizer_config.json, so that transformers reads it too
     generation_config.json   which ids end and pad a text
+    chat_template.jinja      of a finetuned model: how it reads conversations
 
 Released checkpoints have the same layout, some with `pytorch_model.bin` for the weights.
 """
@@ -21,6 +22,8 @@ from torch import nn
 
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
+from mptbook.tokenizer import chat
+from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 from mptbook.weights import read_json, read_weights, write_json, write_weights
 
@@ -71,6 +74,7 @@ def save_model(
     path: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
     *,
+    template: ChatTemplate | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model directory, or replace one.
@@ -80,6 +84,7 @@ def save_model(
 
     Args:
         tokenizer: None leaves the directory without one.
+        template: of a model that was finetuned on conversations; it takes a tokenizer, too.
         max_shard_bytes: the weights are split into files of at most this size; a tensor that
             is larger has a file of its own.
 
@@ -91,18 +96,22 @@ def save_model(
         write_weights(
             weights, fresh, max_shard_bytes, lambda names: {name: weights[name] for name in names}
         )
-        write_about(fresh, model.config, model.head.dtype, tokenizer)
+        write_about(fresh, model.config, model.head.dtype, tokenizer, template)
 
 
 def write_about(
-    folder: Path, config: MPTConfig, dtype: torch.dtype, tokenizer: Tokenizer | None
+    folder: Path,
+    config: MPTConfig,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None = None,
 ) -> None:
     """The files of a model directory that are not weights."""
     name = str(dtype).removeprefix("torch.")
     about = {"architectures": ["MPTForCausalLM"], "dtype": name, **config.to_hf()}
     write_json(folder / "config.json", about)
     if tokenizer is not None:
-        _write_tokenizer(tokenizer, folder, config.max_seq_len)
+        _write_tokenizer(tokenizer, folder, config.max_seq_len, template)
 
 
 @contextmanager
@@ -188,7 +197,9 @@ def _refuse_to_replace(folder: Path, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is not a model directory (no config.json); choose another folder")
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+def _write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_seq_len: int, template: ChatTemplate | None
+) -> None:
     tokenizer.save(folder / "tokenizer.json")
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -200,5 +211,12 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> No
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", about)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+    ids: dict[str, int | list[int]] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text
+    )
+    if template is not None:
+        (folder / chat.FILE).write_text(template.source, encoding="utf-8")
+        ends = chat.stop_ids(template, tokenizer)
+        if len(ends) > 1:
+            ids["eos_token_id"] = ends
     write_json(folder / "generation_config.json", ids)

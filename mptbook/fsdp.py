@@ -14,7 +14,7 @@ arXiv:2304.11277.
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -94,6 +94,7 @@ def shard(
     weights: str | os.PathLike[str] | None = None,
     recompute: int = 0,
     precision: Precision = "auto",
+    adapt: Callable[[MPT], None] | None = None,
 ) -> MPT:
     """A model of which each process holds its part, in float32.
 
@@ -110,6 +111,7 @@ def shard(
             recipe of `config` with the CPU's generator, as in a process alone with its state.
         recompute: of every so many blocks one keeps no activations; see `MPT.recompute`.
         precision: of products, which `sharding.precision` must fit.
+        adapt: puts adapters into the model while it is only described; they are left unfilled.
 
     Raises:
         ValueError: if the processes do not split so, the weights do not fit the shape, or the
@@ -122,7 +124,9 @@ def shard(
             "precision=bf16"
         )
     with torch.device("meta"):
-        model = MPT(config)
+        model, described = MPT(config), MPT(config)
+        if adapt is not None:
+            adapt(model)
     model.recompute = recompute
     if sharding.compile:
         for block in model.transformer.blocks:
@@ -149,7 +153,7 @@ def shard(
     if weights is None:
         initialise_parts(model, config)
     else:
-        fill(model, read_weights(find_directory(weights), model))
+        fill(model, read_weights(find_directory(weights), described))
     return model
 
 
@@ -197,7 +201,8 @@ def initialise_parts(model: MPT, config: MPTConfig) -> None:
 @torch.no_grad()
 def fill(model: MPT, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Give each weight of a sharded model its part of a whole tensor of its name."""
-    parts = dict(model.named_parameters())
+    # A layer that has adapters beside it is their `base_layer`.
+    parts = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
     for name, whole in weights:
         place(parts[name], whole)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mptbook.model.mpt import MPT
 
@@ -59,6 +59,11 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
             f"{folder} has an lm_head.weight that differs from transformer.wte.weight, but its "
             "config.json ties them; write tie_word_embeddings: false there"
         )
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that steps change, by name; of a model with adapters only these are written."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def write_weights(

@@ -13,8 +13,9 @@ from mptbook.data.curriculum import Stage
 from mptbook.eval.perplexity import perplexity
 from mptbook.settings import CONFIGS
 from mptbook.train.allocator import keep_freed_memory
+from mptbook.train.course import staged_steps
 from mptbook.train.heldout import front
-from mptbook.train.pretrain import Pretrain, staged_steps
+from mptbook.train.pretrain import Pretrain
 from mptbook.train.run import Run
 
 SHORT, LONG, BOTH, MORE_CODE = "short", "long", "short, then long", "short, then long and code"

@@ -52,18 +52,19 @@ def read_source(source: str, stream: bool = True) -> Iterator[Document]:
     """
     place, _, wanted = source.partition("#")
     if place.startswith(HUB):
-        yield from _rows(place.removeprefix(HUB).lstrip("/"), _hub(place, stream), wanted)
+        yield from _rows(place.removeprefix(HUB).lstrip("/"), open_hub(place, stream), wanted)
         return
     for file in source_files(place):
         name = str(file.relative_to(place)) if file != Path(place) else file.name
         if file.suffix == ".txt":
             yield Document(name, decode(str(file), file.read_bytes()))
         else:
-            rows = _json_lines(file) if file.suffix == ".jsonl" else _table(file)
+            rows = _json_lines(file) if file.suffix == ".jsonl" else open_table(file)
             yield from _rows(name, rows, wanted)
 
 
-def _hub(place: str, stream: bool) -> Iterable[dict]:
+def open_hub(place: str, stream: bool) -> Iterable[dict]:
+    """The rows of a dataset of the hub; see `read_source`."""
     how = {"split": "train", "streaming": stream}
     try:
         if place.startswith("hf://"):
@@ -96,7 +97,7 @@ def source_files(source: str) -> list[Path]:
     return files
 
 
-def _table(file: Path) -> datasets.Dataset:
+def open_table(file: Path) -> datasets.Dataset:
     """The rows of a parquet or Arrow file."""
     read = (
         datasets.Dataset.from_parquet if file.suffix == ".parquet" else datasets.Dataset.from_file
@@ -119,7 +120,7 @@ def _json_lines(file: Path) -> Iterator[dict]:
 
 def _rows(name: str, rows: Iterable[dict], wanted: str) -> Iterator[Document]:
     for number, row in enumerate(rows):
-        if wanted and not _has(row, wanted, name):
+        if wanted and not has_value(row, wanted, name):
             continue
         text = next((row[column] for column in COLUMNS if isinstance(row.get(column), str)), None)
         if text is None:
@@ -127,7 +128,7 @@ def _rows(name: str, rows: Iterable[dict], wanted: str) -> Iterator[Document]:
         yield Document(f"{name}:{number}", text)
 
 
-def _has(row: dict, wanted: str, name: str) -> bool:
+def has_value(row: dict, wanted: str, name: str) -> bool:
     """Whether a row has the value that `FIELD.FIELD=VALUE` asks for."""
     path, _, value = wanted.partition("=")
     found = row

@@ -37,7 +37,7 @@ class Feed:
     ) -> None:
         self.curriculum, self._seed = curriculum, seed
         self._micro_batch_tokens = micro_batch_tokens
-        self.rows = [Rows(data, stage.row_tokens) for stage in curriculum.stages]
+        self.rows = [self._open(data, stage.row_tokens) for stage in curriculum.stages]
         self._mixtures = [
             Mixture(stage.mixture) if stage.mixture else None for stage in curriculum.stages
         ]
@@ -45,6 +45,9 @@ class Feed:
             _know(rows, mixture)
         if not repeat:
             self._once()
+
+    def _open(self, data: Path, row_tokens: int) -> Rows:
+        return Rows(data, row_tokens)
 
     @property
     def packed(self) -> bool:

@@ -26,21 +26,24 @@ from mptbook.train.checkpoint import (
 )
 from mptbook.train.feed import Feed
 from mptbook.train.guard import Guard
-from mptbook.train.heldout import load_heldout
+from mptbook.train.heldout import front, load_heldout, measure, sample
 from mptbook.train.optimizer import make_optimizer
-from mptbook.train.snapshot import Snapshot, load_snapshot
+from mptbook.train.snapshot import Snapshot, consolidate, load_snapshot
 
 if TYPE_CHECKING:
+    from mptbook.train.course import Training
+    from mptbook.train.log import RunLog
     from mptbook.train.pretrain import Pretrain
 
 
 @dataclass
 class Run:
-    """The parts of a run of `mptbook pretrain`."""
+    """The parts of a run, of `mptbook pretrain` where nothing else is said."""
 
+    settings: "Training"
     feed: Feed
     tokenizer: Tokenizer
-    heldout: dict[str, list[str]]
+    heldout: dict
     model: MPT
     optimizer: torch.optim.Optimizer
     guard: Guard
@@ -89,6 +92,7 @@ class Run:
             "optim.name": settings.optim.name,
         }
         return cls(
+            settings=settings,
             feed=feed,
             tokenizer=tokenizer,
             heldout=load_heldout(settings.data),
@@ -103,6 +107,25 @@ class Run:
         """The token that ends one, where attention keeps documents apart."""
         apart = self.model.config.attn_config.attn_uses_sequence_id
         return self.tokenizer.end_of_text if apart else None
+
+    def begin(self, log: "RunLog") -> None:
+        """What there is to say before the first step."""
+
+    def look(self, log: "RunLog", step: int) -> None:
+        """What is measured between steps: the front of the held-out texts, and a sample."""
+        settings: Pretrain = self.settings
+        texts = front(self.heldout, settings.heldout_characters)
+        measure(log, "heldout", step, self.model, self.tokenizer, texts, settings.precision)
+        sample(log, step, self.model, self.tokenizer, settings.sample_prompt)
+
+    def look_at_all(self, log: "RunLog", step: int) -> None:
+        """What is measured at the end: all held-out texts."""
+        rest = self.model, self.tokenizer, self.heldout, self.settings.precision
+        measure(log, "final", step, *rest)
+
+    def finish(self, out: Path, last: Path) -> None:
+        """Make `out/model` of the last checkpoint."""
+        world.from_first(lambda: consolidate(last, out / "model"))
 
     def snapshot(self, step: int) -> Snapshot:
         """The run after a step, to be written."""

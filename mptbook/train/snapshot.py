@@ -38,8 +38,9 @@ from mptbook.fsdp import resharded
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
+from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
-from mptbook.weights import write_tensors, write_weights
+from mptbook.weights import trained_weights, write_tensors, write_weights
 
 FORMAT = 3
 SHARD_BYTES = 5_000_000_000
@@ -73,10 +74,11 @@ class Snapshot:
             made_with: what must be equal at a resume, as JSON has it.
         """
         resharded(model)
-        weights = {name: _copy(weight) for name, weight in model.state_dict().items()}
+        trained = trained_weights(model)
+        weights = {name: _copy(weight) for name, weight in trained.items()}
         tensors = {
             f"{name}:{key}": _copy(value)
-            for name, weight in model.named_parameters()
+            for name, weight in trained.items()
             for key, value in optimizer.state[weight].items()
         }
         state = {
@@ -158,7 +160,7 @@ def load_snapshot(
             )
     there = _stored(path)
     resharded(model)
-    weights = dict(model.named_parameters())
+    weights = trained_weights(model)
     states = {
         name: _room(stored, weights[name.rpartition(":")[0]])
         for name, stored in there.items()
@@ -192,13 +194,16 @@ class Consolidate(RunSettings):
         print(f"model directory: {self.out}")
 
 
-def consolidate(path: Path, out: Path, *, max_shard_bytes: int = SHARD_BYTES) -> None:
+def consolidate(
+    path: Path, out: Path, max_shard_bytes: int = SHARD_BYTES, template: ChatTemplate | None = None
+) -> None:
     """Make a model directory of a checkpoint, holding no more than one of its files in memory.
 
     Args:
         path: a checkpoint of any number of processes.
         out: the model directory; one that is there is replaced.
         max_shard_bytes: the weights are split into files of at most this size.
+        template: how the model was taught to read conversations.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -217,7 +222,7 @@ def consolidate(path: Path, out: Path, *, max_shard_bytes: int = SHARD_BYTES) ->
 
     with fresh_directory(out) as fresh:
         write_weights(described, fresh, max_shard_bytes, fetch)
-        write_about(fresh, config, torch.float32, Tokenizer.load(path))
+        write_about(fresh, config, torch.float32, Tokenizer.load(path), template)
 
 
 def _these(snapshot: Snapshot, names: list[str]) -> dict[str, Tensor]:
@@ -230,7 +235,7 @@ def _stored(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _load(tensors: dict[str, Tensor], path: Path, alone: bool = False) -> None:
-    """Fill tensors with what the files hold under their names; of a DTensor the own part."""
+    """Fill tensors with what files hold under their names; of a DTensor the own part."""
     reader = dcp.HuggingFaceStorageReader(str(path))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be

@@ -16,7 +16,7 @@ import tomli_w
 from mptbook.settings import Ended, RunSettings
 
 if TYPE_CHECKING:
-    from mptbook.train.pretrain import Pretrain
+    from mptbook.train.course import Training
 
 # Ends that another start would not change: done, a mistake of the user, diverged, SIGTERM, Ctrl-C.
 FINAL = (0, 2, 3, 75, 130)
@@ -37,7 +37,7 @@ class Finished(Ended):
         self.code = code
 
 
-def supervise(verb: str, settings: "Pretrain") -> None:
+def supervise(verb: str, settings: "Training") -> None:
     """Run `mptbook VERB` with these settings; after a crash again, with `resume`.
 
     A process whose log stands still for `settings.silence` seconds is killed, which counts as a
@@ -89,7 +89,7 @@ def _passed_on() -> Iterator[_Child]:
             signal.signal(number, handler)
 
 
-def _run_once(verb: str, settings: "Pretrain", child: _Child, resume: bool) -> int:
+def _run_once(verb: str, settings: "Training", child: _Child, resume: bool) -> int:
     """The exit code; minus the number of a signal that ended it."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.toml"

@@ -1,0 +1,60 @@
+"""Answer conversations: the model speaks until its turn is over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mptbook.infer.generate import next_tokens
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.chat import ChatTemplate, Messages, encode_prompt, stop_ids
+from mptbook.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # without what ends it
+    ended: bool  # by the model itself; else its tokens were used up
+
+
+def answer(
+    model: MPT,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversations: Sequence[Messages],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[Answer]:
+    """What the model answers to each conversation, which ends on a turn of the user.
+
+    An answer ends before an end-of-text or the template's stop mark, whether that is a token of
+    its own or, with GPT-NeoX's tokenizer, spelled in pieces.
+
+    Args:
+        max_new_tokens: tokens at most.
+        temperature, top_k, top_p: see `mptbook.infer.sampling.sample`.
+        seed: the same seed gives the same answers.
+
+    Raises:
+        ValueError: if the template refuses a conversation; or as `mptbook.infer.generate`.
+    """
+    prompts = [encode_prompt(template, tokenizer, messages) for messages in conversations]
+    ends = set(stop_ids(template, tokenizer))
+    written: list[list[int]] = [[] for _ in prompts]
+    found: list[Answer | None] = [None] * len(prompts)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for tokens in next_tokens(model, prompts, max_new_tokens, len(tokenizer), seed, **sampling):
+        for row, token in enumerate(tokens.tolist()):
+            if found[row] is None:
+                written[row] += [] if token in ends else [token]
+                text = tokenizer.decode(written[row])
+                before, mark, _ = text.partition(template.stop) if template.stop else (text, "", "")
+                if token in ends or mark:
+                    found[row] = Answer(before, True)
+        if None not in found:
+            break
+    return [
+        one or Answer(tokenizer.decode(ids), False) for one, ids in zip(found, written, strict=True)
+    ]
