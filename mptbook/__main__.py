@@ -17,6 +17,7 @@ VERBS = {
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.perplexity", "Evaluate", "held-out bits per byte"),
     "longcontext": ("mptbook.eval.longcontext", "LongContext", "what a model makes of long texts"),
+    "prefer": ("mptbook.finetune.preference", "Preference", "learn which answers people like"),
     "plan": ("mptbook.plan.command", "Plan", "memory, days and cost of a run, beforehand"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
     "bench norms": ("mptbook.bench.norms", "BenchNorms", "norms in full and low precision"),

@@ -102,7 +102,7 @@ def read_conversations(source: str, mistakes: Mistakes) -> Iterator[Conversation
         ConnectionError: if the hub does not give the dataset.
     """
     place, _, wanted = source.partition("#")
-    for where, row in _rows(place):
+    for where, row in read_rows(place):
         try:
             value = row() if callable(row) else row
             if wanted and not has_value(value, wanted, where):
@@ -165,7 +165,7 @@ def _spoken(text: str) -> list[dict[str, str]]:
     return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
 
 
-def _rows(place: str) -> Iterable[tuple[str, Any]]:
+def read_rows(place: str) -> Iterable[tuple[str, Any]]:
     """Where each row is, and the row, or what gives it."""
     if place.startswith(HUB):
         for number, row in enumerate(open_hub(place, stream=True), start=1):

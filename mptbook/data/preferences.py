@@ -14,21 +14,18 @@ one with the higher score in three cases of four.
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow.parquet
+from typing import Any
 
 from mptbook import wheels
+from mptbook.data.conversations import Mistakes, read_rows
 from mptbook.data.corpora import SPLITS
-from mptbook.data.sources import decode, source_files
 from mptbook.tokenizer.chat import check_turns
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
-OnBad = Literal["stop", "skip"]
 
 MARKS = ("witty", "interesting", "upbeat")
 UNTOUCHED = (5.0, 5.0, 5.0)  # half of all marks: where the sliders stood
@@ -46,11 +43,13 @@ class Pair:
     Attributes:
         prompt: turns, the last of them the user's.
         chosen, rejected: what the assistant says to it; the first was liked better.
+        where: the pair was found.
     """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -147,66 +146,31 @@ def longer_chosen(pairs: Sequence[Pair]) -> float:
     return sum((a > b) + (a == b) / 2 for a, b in sizes) / len(sizes)
 
 
-def read_pairs(source: str | Path, on_bad: OnBad = "stop") -> tuple[list[Pair], list[str]]:
-    """Pairs out of JSON lines or parquet files; see `as_pair` for what a row may have.
+def read_pairs(source: str | Path, mistakes: Mistakes) -> list[Pair]:
+    """Pairs out of files or a dataset of the hub; see `as_pair` for what a row may have.
 
     Args:
-        source: a file, or a folder of such files.
-        on_bad: what to do at a row that is no pair: stop, or leave it out.
-
-    Returns:
-        The pairs; and of each row that was left out where it stands and what is wrong.
+        source: as for `mptbook.data.conversations.read_conversations`.
+        mistakes: where rows that are no pair are counted.
 
     Raises:
-        FileNotFoundError: if the path does not exist.
-        ValueError: at the first bad row, if `on_bad` is stop; if there is no pair at all.
+        FileNotFoundError: if a path does not exist.
+        ValueError: if a file cannot be read, or there is no pair at all; at the first bad row,
+            if `mistakes` says so.
+        ConnectionError: if the hub does not give the dataset.
     """
-    pairs, bad = [], []
-    for place, row in _rows(str(source)):
+    pairs = []
+    for where, row in read_rows(str(source)):
         try:
-            pairs.append(as_pair(_parsed(row) if isinstance(row, str) else row))
+            pairs.append(as_pair(row() if callable(row) else row, where))
         except ValueError as error:
-            bad.append(f"{place}: {error}")
-            if on_bad == "stop":
-                raise ValueError(
-                    f"{bad[0]}; mend it, or leave such rows out with --on-bad skip"
-                ) from None
+            mistakes.note(where, error)
     if not pairs:
-        raise ValueError(f"{source} has no pairs; {bad[0] if bad else 'its files are empty'}")
-    return pairs, bad
+        raise ValueError(f"{source} has no pairs; {(*mistakes.lines(), 'it has no rows')[0]}")
+    return pairs
 
 
-def _rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Each row with where it stands; of JSON lines the text, as it may be damaged."""
-    for file in source_files(source):
-        if file.suffix == ".jsonl":
-            lines = decode(str(file), file.read_bytes()).split("\n")
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{file}, line {number}", line
-        elif file.suffix == ".parquet":
-            for number, row in enumerate(_table(file), start=1):
-                yield f"{file}, row {number}", row
-        else:
-            raise ValueError(f"{file} holds no pairs; give .jsonl or .parquet files")
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON ({error})") from None
-
-
-def _table(file: Path) -> list[dict]:
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file} cannot be read ({reason}); fetch or write it again") from None
-
-
-def as_pair(row: Any) -> Pair:
+def as_pair(row: Any, where: str = "") -> Pair:
     """A pair out of a row with the columns `prompt`, `chosen` and `rejected`.
 
     `prompt` is text or a list of messages; the answers are text, or a list with one message of
@@ -234,7 +198,7 @@ def as_pair(row: Any) -> Pair:
         check_turns([*prompt, *answer])
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
-    return Pair(tuple(prompt), chosen[0]["content"], rejected[0]["content"])
+    return Pair(tuple(prompt), chosen[0]["content"], rejected[0]["content"], where)
 
 
 def _turns(value: Any, role: str, name: str) -> list[Message]:

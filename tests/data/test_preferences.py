@@ -9,6 +9,7 @@ import pytest
 
 from mptbook import wheels
 from mptbook.data import preferences
+from mptbook.data.conversations import Mistakes
 from mptbook.data.preferences import (
     Pair,
     as_pair,
@@ -166,30 +167,23 @@ def test_a_bad_row_is_named_by_its_line(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text(json.dumps(ROW) + '\n\n{"prompt": "a"}\n[1]\n{broken\n')
     with pytest.raises(ValueError, match=r"pairs.jsonl, line 3: it has no chosen; .*--on-bad skip"):
-        read_pairs(file)
-    pairs, bad = read_pairs(file, on_bad="skip")
-    assert "is not JSON (" in bad[2]
-    assert pairs == [PAIR]
-    assert [line.split(": ")[0].rpartition(", ")[2] for line in bad] == [
-        "line 3",
-        "line 4",
-        "line 5",
-    ]
+        read_pairs(file, Mistakes("stop"))
+    mistakes = Mistakes("skip")
+    assert read_pairs(file, mistakes) == [PAIR]
+    named = " ".join(mistakes.lines())
+    assert all(f"line {n}: " in named for n in (3, 4, 5))
+    assert "it is not JSON" in named
 
 
 def test_parquet_files_of_a_folder_are_read(tmp_path):
     rows = [{**ROW, "prompt": ASKED}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert read_pairs(tmp_path) == ([PAIR], [])
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"a.parquet cannot be read \(.*\); fetch or write it"):
-        read_pairs(tmp_path / "a.parquet")
+    (pair,) = read_pairs(tmp_path, Mistakes())
+    assert pair == PAIR
+    assert pair.where == f"{tmp_path / 'a.parquet'}, row 1"
 
 
 def test_a_source_without_a_pair_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"has no pairs; .*a.jsonl, line 1: it has no chosen"):
-        read_pairs(tmp_path / "a.jsonl", on_bad="skip")
+        read_pairs(tmp_path / "a.jsonl", Mistakes("skip"))
