@@ -29,6 +29,7 @@ VERBS = {
     "bench curriculum": ("mptbook.bench.curriculum", "BenchCurriculum", "short rows, then long"),
     "bench storywriter": ("mptbook.bench.storywriter", "BenchStoryWriter", "long rows after short"),
     "bench packing": ("mptbook.bench.packing", "BenchPacking", "documents in rows, and what fills"),
+    "bench preference": ("mptbook.bench.preference", "BenchPreference", "what preferences change"),
     "bench speedrun": ("mptbook.bench.speedrun", "BenchSpeedrun", "loss after the same time"),
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),

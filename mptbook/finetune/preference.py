@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from mptbook import world
@@ -23,6 +23,7 @@ from mptbook.finetune.lora import Lora, add_adapters, initialise_adapters, merge
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
+from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.rundir import claim, locked, write_settings
 
 
@@ -46,8 +47,9 @@ class Preference(RunSettings):
     warmup: float = Field(0.1, ge=0, lt=1, description="part of the steps; then it falls to 0")
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices, times lr, per step")
     epochs: PositiveFloat = Field(1.0, description="passes over the pairs")
+    steps: NonNegativeInt = Field(0, description="optimizer steps; 0: those that epochs take")
     batch_pairs: PositiveInt = Field(16, description="pairs per step")
-    micro_pairs: PositiveInt = Field(8, description="pairs at a time; must divide batch_pairs")
+    micro_pairs: PositiveInt = Field(4, description="pairs at a time; must divide batch_pairs")
     clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
     lora: Lora = Lora()
     save_every: PositiveInt = Field(500, description="steps between checkpoints")
@@ -89,11 +91,14 @@ class Liking:
         return cls(accuracy, error, float(margin.mean()), chosen, rejected, len(margin))
 
 
-def prefer(settings: Preference) -> Path:
+def prefer(settings: Preference, quiet: bool = False) -> Path:
     """Finetune a model by direct preference optimization; its model directory.
 
     The reference is the model as it was: its log-probabilities are computed once, before the
     first step.
+
+    Args:
+        quiet: write the log, but show nothing.
 
     Raises:
         ValueError: if settings, pairs and model do not fit together, or trl is not installed.
@@ -109,8 +114,9 @@ def prefer(settings: Preference) -> Path:
     model = load_model(folder, torch.float32, world.device(settings.device))
     train, heldout, lines = _pairs(settings, template, tokenizer, model.config.max_seq_len)
     claim(settings.out, settings.resume)
-    with locked(settings.out), PairLog(settings.out) as log, hushed():
+    with locked(settings.out), PairLog(settings.out, quiet) as log, hushed():
         write_settings(settings.out, settings)
+        keep_freed_memory()
         for line in lines:
             log.say(line)
         before = {

@@ -148,7 +148,7 @@ def make_trainer(
 
 def steps_of(settings: "Preference", pairs: int) -> int:
     """Steps of a run over so many pairs."""
-    return max(1, math.ceil(settings.epochs * pairs / settings.batch_pairs))
+    return settings.steps or math.ceil(settings.epochs * pairs / settings.batch_pairs)
 
 
 class PairLog:
@@ -156,11 +156,16 @@ class PairLog:
 
     A `step` line has loss (nats per pair), grad_norm, lr, accuracy and reward_margin of the
     step's pairs; a `heldout` line what `mptbook.finetune.preference.Liking` has.
+
+    Args:
+        run: the run directory.
+        quiet: write, but show nothing.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, quiet: bool = False) -> None:
         self._file = (run / "log.jsonl").open("a", buffering=1, encoding="utf-8")
-        self._terminal, self._last_line = sys.stdout.isatty(), time.monotonic()
+        self._quiet, self._terminal = quiet, sys.stdout.isatty() and not quiet
+        self._last_line = time.monotonic()
         self._bar = Progress(
             BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), transient=True
         )
@@ -177,13 +182,13 @@ class PairLog:
         if self._terminal:
             self._bar.update(self._task, total=steps, completed=step, description=line)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            print(line, flush=True)
+            self.say(line)
             self._last_line = time.monotonic()
 
     def say(self, line: str) -> None:
         if self._terminal:
             self._bar.console.print(line, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             print(line, flush=True)
 
     def __enter__(self) -> Self:
