@@ -33,6 +33,7 @@ BETAS = (0.02, 0.1, 0.5)
 USUAL = 0.1  # beta of the runs in which something else differs
 SAMPLES = 4  # answers to each topic
 MOST_TOKENS = 96  # of an answer
+PAIR_TOKENS = 160  # of a prompt with an answer; a sixth of the pairs is longer
 CHOSEN_ONLY, ANY_LENGTH = "chosen only", "any length"
 
 
@@ -158,18 +159,18 @@ def start_from(base: str, out: Path, *, steps: int, batch: int, lr: float) -> No
     folder = find_directory(base)
     model, tokenizer = load_model(folder, torch.float32), Tokenizer.load(folder)
     template = ChatTemplate.load("chatml")
-    pairs = encoded("train", template, tokenizer, model, matched=False)
+    pairs = encoded("train", template, tokenizer, matched=False)
     examples = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     likelihood_steps(model, examples, lr=lr, steps=steps, batch=batch, seed=0)
     save_model(model, out, tokenizer, template=template)
 
 
 def encoded(
-    split: str, template: ChatTemplate, tokenizer: Tokenizer, model: MPT, *, matched: bool
+    split: str, template: ChatTemplate, tokenizer: Tokenizer, *, matched: bool
 ) -> list[EncodedPair]:
-    """The default pairs that fit a row of the model."""
+    """The default pairs of at most `PAIR_TOKENS`."""
     pairs = default_pairs(split, matched=matched)
-    return encode_pairs(template, tokenizer, pairs, model.config.max_seq_len, Mistakes())[0]
+    return encode_pairs(template, tokenizer, pairs, PAIR_TOKENS, Mistakes())[0]
 
 
 def ask(model: MPT, tokenizer: Tokenizer, template: ChatTemplate) -> Asked:
@@ -178,7 +179,7 @@ def ask(model: MPT, tokenizer: Tokenizer, template: ChatTemplate) -> Asked:
     prompts = [
         encode_prompt(template, tokenizer, [{"role": "user", "content": topic}]) for topic in topics
     ]
-    heldout = encoded("heldout", template, tokenizer, model, matched=True)
+    heldout = encoded("heldout", template, tokenizer, matched=True)
     before = pair_log_probs(model, heldout)
     return Asked(tokenizer, template, prompts * SAMPLES, heldout, model, before)
 
@@ -214,8 +215,8 @@ def compare(
     found = {"settings": how | {"seeds": seeds, "topics": len(asked.prompts) // SAMPLES}}
     found |= {"pairs": about_pairs(), "start": measure(model, asked), "runs": []}
     ways = [*(("preferences", beta) for beta in BETAS), (ANY_LENGTH, USUAL), (CHOSEN_ONLY, None)]
-    for way, beta in ways:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for way, beta in ways:
             learned = _learn(way, beta, seed, start, asked, how)
             figures = measure(learned, asked)
             found["runs"].append({"way": way, "beta": beta, "seed": seed} | figures)
@@ -230,18 +231,16 @@ def compare(
 def _learn(way: str, beta: float | None, seed: int, start: Path, asked: Asked, how: dict) -> MPT:
     if way == CHOSEN_ONLY:
         model = load_model(start, torch.float32)
-        pairs = encoded("train", asked.template, asked.tokenizer, model, matched=True)
+        pairs = encoded("train", asked.template, asked.tokenizer, matched=True)
         examples = [(pair.prompt, pair.chosen) for pair in pairs]
         sizes = {"lr": how["lr"], "steps": how["steps"], "batch": how["batch_pairs"]}
         likelihood_steps(model, examples, **sizes, seed=seed)
         return model.eval()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        matched = way != ANY_LENGTH
-        prefer(
-            Preference(model=str(start), out=out, beta=beta, seed=seed, matched=matched, **how),
-            quiet=True,
-        )
+        how = how | {"beta": beta, "seed": seed, "matched": way != ANY_LENGTH}
+        how |= {"heldout": 0, "max_tokens": PAIR_TOKENS}  # measured here, for all ways alike
+        prefer(Preference(model=str(start), out=out, **how), quiet=True)
         return load_model(out, torch.float32)
 
 

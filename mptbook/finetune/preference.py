@@ -5,6 +5,7 @@ the end the model directory model/.
 """
 
 import math
+import random
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,12 @@ class Preference(RunSettings):
     )
     matched: bool = Field(True, description="of the default set, pair answers of like length")
     on_bad: Literal["stop", "skip"] = Field("stop", description="what to do at a row with no pair")
-    heldout: float = Field(0.1, ge=0, lt=1, description="part of the prompts of --source, unseen")
+    heldout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="part of the prompts of --source to measure on; 0: measure on no pairs",
+    )
     template: str = Field("", description="of prompts; without, the model's own")
     max_tokens: PositiveInt | None = Field(
         None, description="of a prompt with an answer (default: the model's row)"
@@ -119,19 +125,17 @@ def prefer(settings: Preference, quiet: bool = False) -> Path:
         keep_freed_memory()
         for line in lines:
             log.say(line)
-        before = {
-            name: pair_log_probs(model, pairs)
-            for name, pairs in (("train", train), ("heldout", heldout))
-        }
+        scored = pair_log_probs(model, train)
+        before = pair_log_probs(model, heldout) if heldout else None
         if settings.lora.rank:
             torch.manual_seed(settings.seed)
             add_adapters(model, settings.lora)
             initialise_adapters(model)
-        trainer = make_trainer(settings, model, tokenizer, train, before["train"], log)
+        trainer = make_trainer(settings, model, tokenizer, train, scored, log)
         trainer.train(resume_from_checkpoint=_newest(settings.out / "trainer"))
         model.eval()
         if heldout:
-            liking = Liking.of(pair_log_probs(model, heldout), before["heldout"])
+            liking = Liking.of(pair_log_probs(model, heldout), before)
             log.event("heldout", trainer.state.global_step, **vars(liking))
             log.say(
                 f"held out: {liking.accuracy:.1%} of {liking.pairs:,} pairs as people have them "
@@ -163,19 +167,23 @@ def _pairs(
         pairs = read_pairs(settings.source, mistakes)
         sides = [[p for p in pairs if _unseen(p, settings.heldout) == side] for side in (0, 1)]
     else:
-        sides = [default_pairs(split, matched=settings.matched) for split in ("train", "heldout")]
+        splits = ("train", "heldout") if settings.heldout else ("train",)
+        sides = [default_pairs(split, matched=settings.matched) for split in splits]
     if not sides[0]:
         raise ValueError(f"heldout={settings.heldout} leaves no pair to learn from; lower it")
     most = settings.max_tokens or row_tokens
-    encoded, too_long = [], 0
-    for side in sides:
-        found, long = encode_pairs(template, tokenizer, side, most, mistakes) if side else ([], 0)
-        encoded.append(found)
-        too_long += long
-    lines = [f"{len(encoded[0]):,} pairs to learn from, {len(encoded[1]):,} held out"]
+    train, too_long = encode_pairs(template, tokenizer, sides[0], most, mistakes)
+    heldout: list[EncodedPair] = []
+    if sides[1:] and sides[1]:
+        heldout, more = encode_pairs(template, tokenizer, sides[1], most, mistakes)
+        too_long += more
+    if len(train) > settings.steps * settings.batch_pairs > 0:  # the others would not be read
+        chance = random.Random(settings.seed)
+        train = chance.sample(train, settings.steps * settings.batch_pairs)
+    lines = [f"{len(train):,} pairs to learn from, {len(heldout):,} held out"]
     if too_long:
         lines.append(f"left out {too_long:,} pairs with more than {most:,} tokens")
-    return *encoded, lines + mistakes.lines()
+    return train, heldout, lines + mistakes.lines()
 
 
 def _unseen(pair: Pair, part: float) -> bool:

@@ -181,3 +181,22 @@ def test_a_tie_counts_half():
     assert liking.accuracy == 2.5 / 4
     assert liking.margin == 0.5
     assert (liking.chosen, liking.rejected) == (1.5, 1.0)
+
+
+def test_only_pairs_that_the_steps_read_are_scored(settings, capsys):
+    prefer(settings.model_copy(update={"steps": 2}))
+    assert "12 pairs to learn from" in capsys.readouterr().out
+    assert [line["step"] for line in events(settings.out, "step")] == [1, 2]
+
+
+def test_nothing_is_measured_where_nothing_is_held_out(settings):
+    prefer(settings.model_copy(update={"steps": 1, "heldout": 0}))
+    assert events(settings.out, "heldout") == []
+
+
+def test_a_prompt_is_on_one_side_with_all_of_its_pairs(settings):
+    asked = [({"role": "user", "content": f"topic {n % 9}"},) for n in range(60)]
+    pairs = [preference.Pair(prompt, "yes", "no") for prompt in asked]
+    unseen = {pair.prompt[0]["content"] for pair in pairs if preference._unseen(pair, 0.3)}
+    assert 0 < len(unseen) < 9
+    assert not any(preference._unseen(pair, 0) for pair in pairs)
