@@ -3,7 +3,7 @@
     {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
     {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
     {"prompt": "Why?", "response": "So."}        and the other names of the two in `PAIRS`
-    {"chosen": "\\n\\nHuman: Why?\\n\\nAssistant: So.", "rejected": ...}
+    {"chosen": "\\n\\nHuman: Why?\\n\\nAssistant: So.", "rejected": ...}     or in "text"
 
 A row that is none, or no conversation to learn from, is a mistake: named, counted, and left out
 or the end, as the caller says.
@@ -21,8 +21,8 @@ from mptbook.tokenizer.chat import check_turns
 
 TURNS = "messages", "conversations", "conversation"  # columns with a list of turns
 PAIRS = (
-    ("prompt", "instruction", "question", "query"),
-    ("response", "output", "completion", "answer", "chatgpt_answers"),
+    ("prompt", "instruction", "question", "query", "message_1"),
+    ("response", "output", "completion", "answer", "chatgpt_answers", "message_2"),
 )
 BESIDE = "input", "context"  # what a prompt is about, where it has a column of its own
 ALIASES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -30,7 +30,8 @@ ALIASES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "
 LAID_OUT = re.compile(
     r"\s*Below is an instruction.*?### Instruction:\s*(.*?)\s*### Response:\s*", re.DOTALL
 )
-SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # Anthropic's helpful and harmless dialogues
+# Anthropic's dialogues have blank lines between turns, Guanaco's three hashes before each.
+SPOKEN = re.compile(r"(?:^|\n\n|### )(Human|Assistant): ?")
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ def to_messages(row: Any) -> list[dict[str, str]]:
         if isinstance(response, Sequence) and not isinstance(response, str):
             response = response[0] if response else ""  # several answers: the first
         return _pair(prompt, response, [row[name] for name in BESIDE if row.get(name)])
-    if isinstance(row.get("chosen"), str):
-        return _spoken(row["chosen"])
+    text = row.get("chosen", row.get("text"))
+    if isinstance(text, str) and SPOKEN.match(text):
+        return _spoken(text)
     raise ValueError(
         f"no turns: it has {', '.join(sorted(row)) or 'nothing'}, and neither messages nor a "
         "prompt with a response"

@@ -15,12 +15,17 @@ from typing import Any
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic_settings import CliPositionalArg
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mptbook.directory import find_directory, load_model, save_model
 from mptbook.fsdp import place
 from mptbook.model.mpt import MPT
+from mptbook.settings import RunSettings
+from mptbook.tokenizer.chat import FILE, ChatTemplate
+from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import read_json, write_tensors
 
 LAYERS = "Wqkv", "out_proj", "up_proj", "down_proj"  # all matrices of a block
@@ -63,15 +68,16 @@ def add_adapters(model: MPT, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: MPT) -> None:
-    """Fill A as peft does, with the CPU's generator, and B with zeros.
+def initialise_adapters(model: MPT, seed: int = 0) -> None:
+    """Fill A as peft does, but by a seed of its own, and B with zeros.
 
-    Whole matrices are filled, of which each process takes its part: every number of processes
-    begins with the same adapters.
+    Whole matrices are filled on the CPU, of which each process takes its part: every number of
+    processes begins with the same adapters.
     """
+    chance = torch.Generator().manual_seed(seed)
     for _, layer in _adapted(model):
         a, b = _matrices(layer)
-        place(a, nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
+        place(a, nn.init.kaiming_uniform_(torch.empty(a.shape), math.sqrt(5), generator=chance))
         place(b, torch.zeros(b.shape))
 
 
@@ -93,12 +99,19 @@ def adapter_weights(model: MPT) -> dict[str, Tensor]:
     return found
 
 
-def write_adapters(model: MPT, weights: dict[str, Tensor], folder: Path, base: str) -> None:
+def write_adapters(
+    model: MPT,
+    weights: dict[str, Tensor],
+    folder: Path,
+    base: str,
+    template: ChatTemplate | None = None,
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, as peft reads them.
 
     Args:
         weights: from `adapter_weights`.
         base: what the adapters belong to, for people and for peft: a directory or hub name.
+        template: how the adapters taught the model to read conversations.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(weights, folder / WEIGHTS)
@@ -107,6 +120,8 @@ def write_adapters(model: MPT, weights: dict[str, Tensor], folder: Path, base: s
     config.inference_mode = True
     config.save_pretrained(str(folder))
     config.inference_mode = False
+    if template is not None:
+        (folder / FILE).write_text(template.source, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -157,6 +172,31 @@ def merge(model: MPT) -> None:
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.requires_grad_(True)
+
+
+class Merge(RunSettings):
+    """Make a model directory of a model and its adapters: `mptbook merge ADAPTER --out DIR`."""
+
+    adapter: CliPositionalArg[Path] = Field(description="folder that a run or peft wrote")
+    out: Path = Field(description="model directory to write")
+    model: str = Field("", description="what they belong to; none: as the adapters say")
+
+    def run(self) -> None:
+        base = self.model or read_json(_about(self.adapter)).get("base_model_name_or_path")
+        folder = find_directory(str(base))
+        model = load_model(folder)
+        load_adapters(model, self.adapter)
+        merge(model)
+        having = [place for place in (self.adapter, folder) if (place / FILE).is_file()]
+        template = ChatTemplate.load(having[0]) if having else None
+        save_model(model, self.out, Tokenizer.load(folder), template=template)
+        print(f"model directory: {self.out}")
+
+
+def _about(folder: Path) -> Path:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; a run with lora.rank has adapter/")
+    return folder / CONFIG
 
 
 def _adapted(model: MPT) -> Iterator[tuple[str, Any]]:

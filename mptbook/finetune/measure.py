@@ -10,7 +10,7 @@ import torch
 
 from mptbook import world
 from mptbook.data.packing import IGNORE
-from mptbook.data.responses import apart
+from mptbook.data.responses import LEARNED, apart
 from mptbook.eval.perplexity import Prediction
 from mptbook.finetune.gather import HeldOut
 from mptbook.infer.chat import Answer, answer
@@ -56,7 +56,7 @@ def few(heldout: Mapping[str, HeldOut], rows: int) -> dict[str, HeldOut]:
     kept = {}
     for name, of_source in heldout.items():
         front = of_source.rows[:rows]
-        learned = [int((part & (1 << 29) != 0).sum()) for part in (front, of_source.rows)]
+        learned = [int(((part & LEARNED) != 0).sum()) for part in (front, of_source.rows)]
         n_bytes = round(of_source.learned_bytes * learned[0] / learned[1])
         kept[name] = HeldOut(front, n_bytes, of_source.conversations)
     return kept
@@ -91,6 +91,22 @@ def follows(asked: str, text: str) -> bool | None:
         if words in asked:
             return text.strip() in allowed
     return None
+
+
+def training_bytes(model: MPT, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """The memory of a model that is being trained, once a step was taken, without activations.
+
+    Returns:
+        Bytes of its weights, of their gradients while there are any, and of the optimizer's
+        state.
+    """
+    weights = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "weights": sum(weight.nbytes for weight in weights),
+        "gradients": sum(weight.nbytes for weight in weights if weight.requires_grad),
+        "optimizer": sum(value.nbytes for value in states),
+    }
 
 
 def shares(answers: Sequence[tuple[str, Answer]]) -> dict[str, float | None]:

@@ -252,7 +252,7 @@ class FinetuneRun(Run):
         folder = out / "adapter"
         shutil.rmtree(folder, ignore_errors=True)  # of this run, when it ended before
         with fresh_directory(folder) as fresh:
-            write_adapters(self.model, weights, fresh, self.settings.model)
+            write_adapters(self.model, weights, fresh, self.settings.model, self.template)
         longest = self.model.config.max_seq_len
         model = load_model(self.settings.model, torch.float32, max_seq_len=longest)
         load_adapters(model, folder)
@@ -293,5 +293,5 @@ def _model(settings: Finetune, config: MPTConfig, folder: Path) -> MPT:
         model.recompute = settings.recompute
         adapt(model)
     if lora.rank:
-        initialise_adapters(model)
+        initialise_adapters(model, settings.seed)
     return model

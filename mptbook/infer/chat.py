@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic_settings import CliPositionalArg
+
+from mptbook.directory import find_directory, load_model
 from mptbook.infer.generate import next_tokens
+from mptbook.infer.sampling import check_sampling
 from mptbook.model.mpt import MPT
+from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate, Messages, encode_prompt, stop_ids
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -58,3 +64,38 @@ def answer(
     return [
         one or Answer(tokenizer.decode(ids), False) for one, ids in zip(found, written, strict=True)
     ]
+
+
+class Ask(RunSettings):
+    """Put a question to a finetuned model: `mptbook ask DIR --prompt "..."`."""
+
+    model: CliPositionalArg[str] = Field(
+        description="a model directory, a run, or a name on the hub"
+    )
+    prompt: str = Field(description="what the user says")
+    system: str = Field("", description="a system turn before it")
+    template: str = Field(
+        "", description="instruct, instruct-card, chatml, or a Jinja file; none: the model's own"
+    )
+    max_new_tokens: PositiveInt = Field(128, description="tokens at most")
+    temperature: NonNegativeFloat = Field(0.0, description="0 takes the most likely token")
+    top_k: PositiveInt | None = Field(None, description="choose among the k most likely")
+    top_p: float | None = Field(None, description="choose among the likeliest that reach p")
+    seed: int = Field(0, description="the same seed gives the same answer")
+
+    def run(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        folder = find_directory(self.model)
+        template = ChatTemplate.load(self.template or folder)
+        turns = [("system", self.system)] * bool(self.system) + [("user", self.prompt)]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        sampling = self.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p"})
+        (found,) = answer(
+            load_model(folder),
+            Tokenizer.load(folder),
+            template,
+            [messages],
+            **sampling,
+            seed=self.seed,
+        )
+        print(found.text)

@@ -1,5 +1,6 @@
 """The settings files that the package brings along."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,11 @@ from mptbook.train.pretrain import Pretrain
 from mptbook.train.run import _curriculum
 
 SOURCES = "mpt-sources.toml"
-RUNS = sorted(path.name for path in CONFIGS.glob("*.toml") if path.name != SOURCES)
+RUNS = sorted(
+    path.name
+    for path in CONFIGS.glob("*.toml")
+    if path.name != SOURCES and not re.search("instruct|chat", path.name)  # these are finetunings
+)
 
 
 def run(name, **changes):
