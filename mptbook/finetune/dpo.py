@@ -17,6 +17,7 @@ from torch import Tensor
 from mptbook.data.conversations import Mistakes
 from mptbook.data.preferences import Pair
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision, autocast
 from mptbook.tokenizer.chat import ChatTemplate, encode_messages
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -83,11 +84,17 @@ def answer_log_probs(model: MPT, prompts: Sequence[Ids], answers: Sequence[Ids])
 
 
 @torch.no_grad()
-def pair_log_probs(model: MPT, pairs: Sequence[EncodedPair], batch_pairs: int = 16) -> Tensor:
+def pair_log_probs(
+    model: MPT,
+    pairs: Sequence[EncodedPair],
+    batch_pairs: int = 16,
+    precision: Precision = "fp32",
+) -> Tensor:
     """(B, 2) float32 on the CPU: of each pair the chosen and the rejected answer's.
 
     Args:
         batch_pairs: how many are read at a time.
+        precision: of products; see `mptbook.model.precision.autocast`.
     """
     model.eval()
     by_length = sorted(range(len(pairs)), key=lambda n: len(pairs[n].prompt + pairs[n].chosen))
@@ -96,7 +103,9 @@ def pair_log_probs(model: MPT, pairs: Sequence[EncodedPair], batch_pairs: int = 
         block = [pairs[n] for n in numbers.tolist()]
         prompts = [pair.prompt for pair in block] * 2
         answers = [pair.chosen for pair in block] + [pair.rejected for pair in block]
-        found[numbers] = answer_log_probs(model, prompts, answers).view(2, -1).T.cpu()
+        with autocast(model.device, precision):
+            log_probs = answer_log_probs(model, prompts, answers)
+        found[numbers] = log_probs.view(2, -1).T.cpu()
     return found
 
 

@@ -6,8 +6,10 @@ the end the model directory model/.
 
 import math
 import random
+import tomllib
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +23,15 @@ from mptbook.data.preferences import Pair, default_pairs, read_pairs
 from mptbook.directory import find_directory, load_model, save_model
 from mptbook.finetune.dpo import EncodedPair, encode_pairs, margins, pair_log_probs
 from mptbook.finetune.lora import Lora, add_adapters, initialise_adapters, merge
+from mptbook.model.precision import Precision
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.train.allocator import keep_freed_memory
 from mptbook.train.rundir import claim, locked, write_settings
+
+# What may change when a run goes on.
+FREE = ("out", "resume", "save_every", "device", "precision")
 
 
 class Preference(RunSettings):
@@ -61,6 +67,7 @@ class Preference(RunSettings):
     save_every: PositiveInt = Field(500, description="steps between checkpoints")
     seed: int = Field(0, description="of the order of the pairs")
     resume: bool = Field(False, description="go on after the newest checkpoint in --out")
+    precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
     device: str = Field("auto", description="cpu, cuda, or auto")
 
     def run(self) -> None:
@@ -114,6 +121,7 @@ def prefer(settings: Preference, quiet: bool = False) -> Path:
 
     require_trl()
     _check(settings)
+    _check_resume(settings)
     folder = find_directory(settings.model)
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(settings.template or folder)
@@ -125,8 +133,8 @@ def prefer(settings: Preference, quiet: bool = False) -> Path:
         keep_freed_memory()
         for line in lines:
             log.say(line)
-        scored = pair_log_probs(model, train)
-        before = pair_log_probs(model, heldout) if heldout else None
+        score = partial(pair_log_probs, model, precision=settings.precision)
+        scored, before = score(train), score(heldout) if heldout else None
         if settings.lora.rank:
             torch.manual_seed(settings.seed)
             add_adapters(model, settings.lora)
@@ -135,7 +143,7 @@ def prefer(settings: Preference, quiet: bool = False) -> Path:
         trainer.train(resume_from_checkpoint=_newest(settings.out / "trainer"))
         model.eval()
         if heldout:
-            liking = Liking.of(pair_log_probs(model, heldout), before)
+            liking = Liking.of(score(heldout), before)
             log.event("heldout", trainer.state.global_step, **vars(liking))
             log.say(
                 f"held out: {liking.accuracy:.1%} of {liking.pairs:,} pairs as people have them "
@@ -156,6 +164,20 @@ def _check(settings: Preference) -> None:
         )
     if world.launched():
         raise ValueError("mptbook prefer runs in one process; start it without torchrun")
+
+
+def _check_resume(settings: Preference) -> None:
+    """See that a run goes on as it was begun."""
+    file = settings.out / "run.toml"
+    if not settings.resume or not file.exists():
+        return
+    begun = tomllib.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.model_dump(mode="json", exclude_none=True).items():
+        if name not in FREE and begun.get(name) != value:
+            raise ValueError(
+                f"{settings.out} was begun with {name}={begun.get(name)}, not {value}; go on with "
+                "the same, or choose another --out"
+            )
 
 
 def _pairs(
@@ -180,7 +202,9 @@ def _pairs(
     if len(train) > settings.steps * settings.batch_pairs > 0:  # the others would not be read
         chance = random.Random(settings.seed)
         train = chance.sample(train, settings.steps * settings.batch_pairs)
-    lines = [f"{len(train):,} pairs to learn from, {len(heldout):,} held out"]
+    lines = [
+        f"{len(train):,} pairs to learn from, {len(heldout):,} held out; both are scored first"
+    ]
     if too_long:
         lines.append(f"left out {too_long:,} pairs with more than {most:,} tokens")
     return train, heldout, lines + mistakes.lines()

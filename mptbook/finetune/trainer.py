@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import datasets
-import torch
 import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -28,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mptbook.finetune.dpo import EncodedPair
 from mptbook.hf import MPTForCausalLM
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import resolved
 from mptbook.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def make_trainer(
         precompute_ref_log_probs=True,
         max_length=None,
         gradient_checkpointing=False,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=resolved(model.device, settings.precision) == "bf16",
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         save_steps=settings.save_every,

@@ -103,7 +103,9 @@ def test_the_loss_is_trls(tmp_path, changes):
     """And so are log-probabilities, padding and the head's factor: trl computes all of them."""
     tokenizer, one = train_bpe(TEXTS, 290), model(vocab_size=290, **changes)
     reference = pair_log_probs(one, PAIRS) + randoms(3, 2).float()
-    settings = Preference(model="", out=tmp_path, micro_pairs=3, batch_pairs=3, beta=0.3)
+    settings = Preference(
+        model="", out=tmp_path, beta=0.3, micro_pairs=3, batch_pairs=3, precision="fp32"
+    )
     with PairLog(tmp_path) as log, hushed():
         trainer = make_trainer(settings, one, tokenizer, PAIRS, reference, log)
         batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))

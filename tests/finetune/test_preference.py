@@ -49,6 +49,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def settings(model, pairs, tmp_path):
     how = {"template": "chatml", "heldout": 0.3, "batch_pairs": 6, "micro_pairs": 3, "lr": 3e-3}
+    how["precision"] = "fp32"
     return Preference(model=str(model), source=str(pairs), out=tmp_path / "run", epochs=2, **how)
 
 
@@ -111,6 +112,8 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(settings, monkeypatch):
     assert not (cut.out / "model").exists()
     with pytest.raises(FileExistsError, match="is not empty; go on with --resume"):
         prefer(cut)
+    with pytest.raises(ValueError, match=r"cut was begun with beta=0\.1, not 0\.2; go on"):
+        prefer(cut.model_copy(update={"resume": True, "beta": 0.2}))
     prefer(cut.model_copy(update={"resume": True}))
     assert events(cut.out, "step")[-1]["step"] == events(settings.out, "step")[-1]["step"]
     for name, weight in load_model(cut.out).state_dict().items():
