@@ -8,8 +8,9 @@ with the higher score.
 
 So a score was given to a whole conversation, by one rater whom the data does not name, and not
 to one answer beside another. What made it high or low may lie in what the other one said, or
-came later. Whole conversations are no answers and are not compared; the longer of two is the
-one with the higher score in three cases of four.
+came later. Who writes matters more than what is written: people with many conversations have
+scores of their own, and they are on both sides of the split. Whole conversations are no answers
+and are not compared; the longer of two has the higher score in three cases of four.
 """
 
 import json
