@@ -28,6 +28,7 @@ from mptbook.tokenizer.chat import check_turns
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
+SOURCE, LICENCE = "BYU's chitchat, wheel chitchat-dataset", "MIT"
 MARKS = ("witty", "interesting", "upbeat")
 UNTOUCHED = (5.0, 5.0, 5.0)  # half of all marks: where the sliders stood
 TURNS = 3  # of a speaker; the first is often no more than a greeting

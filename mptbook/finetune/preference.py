@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mptbook import world
 from mptbook.data.conversations import Mistakes
-from mptbook.data.preferences import Pair, default_pairs, read_pairs
+from mptbook.data.preferences import LICENCE, SOURCE, Pair, default_pairs, read_pairs
 from mptbook.directory import find_directory, load_model, save_model
 from mptbook.finetune.dpo import EncodedPair, encode_pairs, margins, pair_log_probs
 from mptbook.finetune.lora import Lora, add_adapters, initialise_adapters, merge
@@ -205,6 +205,8 @@ def _pairs(
     lines = [
         f"{len(train):,} pairs to learn from, {len(heldout):,} held out; both are scored first"
     ]
+    if not settings.source:
+        lines.insert(0, f"default pairs: {SOURCE}. Licence: {LICENCE}")
     if too_long:
         lines.append(f"left out {too_long:,} pairs with more than {most:,} tokens")
     return train, heldout, lines + mistakes.lines()

@@ -197,6 +197,14 @@ def test_nothing_is_measured_where_nothing_is_held_out(settings):
     assert events(settings.out, "heldout") == []
 
 
+def test_the_default_pairs_come_with_their_licence(settings, monkeypatch, capsys):
+    asked = ({"role": "user", "content": "the hare"},)
+    few = [preference.Pair(asked, "yes", "no")] * 6
+    monkeypatch.setattr(preference, "default_pairs", lambda *_, **how: few)
+    prefer(settings.model_copy(update={"source": "", "steps": 1}))
+    assert capsys.readouterr().out.startswith("default pairs: BYU's chitchat, wheel chitchat-")
+
+
 def test_a_prompt_is_on_one_side_with_all_of_its_pairs(settings):
     asked = [({"role": "user", "content": f"topic {n % 9}"},) for n in range(60)]
     pairs = [preference.Pair(prompt, "yes", "no") for prompt in asked]
