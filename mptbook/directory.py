@@ -33,6 +33,8 @@ OURS = re.compile(
     r"|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
 )
 
+ABOUT = "*.json", "*.jinja"  # what a directory has beside its weights
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -170,9 +172,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=[*ABOUT, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):  # an older release
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*ABOUT, "*.bin"]))
     except OSError as error:  # the hub's own errors, and the network's, are OSErrors
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(

@@ -394,9 +394,9 @@ def test_a_hub_name_is_fetched_safetensors_first(saved, monkeypatch):
     as_bin(saved)
     assert_same(load_model("some-org/mpt-9b"), build())
     assert asked == [
-        ("some-org/mpt-9b", ["*.json", "*.safetensors"]),
-        ("some-org/mpt-9b", ["*.json", "*.safetensors"]),
-        ("some-org/mpt-9b", ["*.json", "*.bin"]),
+        ("some-org/mpt-9b", ["*.json", "*.jinja", "*.safetensors"]),
+        ("some-org/mpt-9b", ["*.json", "*.jinja", "*.safetensors"]),
+        ("some-org/mpt-9b", ["*.json", "*.jinja", "*.bin"]),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mptbook.data.conversations import Conversation, Mistakes, read_conversations
+from mptbook.data.instructions import all_questions, clean_mix, held_out, without_overlap
 from mptbook.data.responses import ResponseRows, pack_conversations
 from mptbook.tokenizer.chat import ChatTemplate, check_marks, encode_pieces
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -48,6 +49,31 @@ class Gathered:
     @property
     def response_rows(self) -> ResponseRows:
         return ResponseRows(self.rows)
+
+    def as_json(self) -> dict:
+        """What was gathered and what was left out, for a log."""
+        bad = self.mistakes
+        return {
+            "conversations": self.counts,
+            "heldout": {name: len(part.conversations) for name, part in self.heldout.items()},
+            "filling": round(self.filling, 4),
+            "left_out": [
+                {"what": kind, "rows": n, "first": bad.named[kind]}
+                for kind, n in bad.counts.most_common()
+            ],
+            "overlaps": [[*match, n] for match, n in sorted(self.overlaps.items())],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        n = sum(self.counts.values())
+        said = [f"{n:,} conversations in rows that are {1 - self.filling:.1%} full"]
+        said += self.mistakes.lines()
+        if self.overlaps:
+            sets = ", ".join(sorted({name for name, _ in self.overlaps}))
+            n = self.overlaps.total()
+            said.append(f"left out {n:,} conversations with questions of evaluation sets ({sets})")
+        return said
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,9 @@ class Layout:
                 kept.append(one)
                 own = [text for text, own in of_one if own]
                 own = own if self.settings.loss_on == "all" else own[-1:]
+                if len(ids) > room:  # what is left of them
+                    left = zip(ids[:room], learned[:room], strict=True)
+                    own = [self.tokenizer.decode(id for id, is_learned in left if is_learned)]
                 n_bytes += sum(len(text.encode()) for text in own)
         return examples, kept, n_bytes
 
@@ -98,7 +127,9 @@ class Layout:
         return pack_conversations(examples, self.row_tokens, self.tokenizer.end_of_text)
 
 
-def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, row_tokens: int):
+def gather(
+    settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, row_tokens: int
+) -> Gathered:
     """Read, check, split, encode and pack what `settings` name.
 
     Args:
@@ -107,8 +138,6 @@ def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, r
     Raises:
         ValueError: if a source has nothing to learn from; or for a bad row, if `on_bad` is `stop`.
     """
-    from mptbook.data.instructions import clean_mix, held_out
-
     layout = Layout(template, tokenizer, row_tokens, settings)
     found = Gathered(mistakes=Mistakes(settings.on_bad))
     if settings.source:
@@ -145,8 +174,6 @@ def gather(settings: "Finetune", template: ChatTemplate, tokenizer: Tokenizer, r
 def _without_evaluation(
     sources: dict[str, list[Conversation]], found: Gathered
 ) -> dict[str, list[Conversation]]:
-    from mptbook.data.instructions import all_questions, without_overlap
-
     overlap = all_questions()
     kept = {}
     for name, conversations in sources.items():

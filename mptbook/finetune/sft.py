@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mptbook import world
 from mptbook.data.curriculum import Curriculum, Stage
+from mptbook.data.instructions import MIXES
 from mptbook.data.responses import ResponseRows, apart
 from mptbook.directory import find_directory, fresh_directory, load_model, read_config, save_model
 from mptbook.eval.perplexity import Prediction
@@ -194,29 +195,12 @@ class FinetuneRun(Run):
 
     def begin(self, log: "RunLog") -> None:
         """Log what was gathered, and what was left out and why."""
-        found = self.gathered
-        left_out = [
-            {"what": kind, "rows": n, "first": found.mistakes.named[kind]}
-            for kind, n in found.mistakes.counts.most_common()
-        ]
-        overlaps = [[*match, n] for match, n in sorted(found.overlaps.items())]
-        log.event(
-            "gathered",
-            0,
-            conversations=found.counts,
-            heldout={name: len(part.conversations) for name, part in found.heldout.items()},
-            filling=round(found.filling, 4),
-            left_out=left_out,
-            overlaps=overlaps,
-        )
-        n = sum(found.counts.values())
-        log.say(f"{n:,} conversations in rows that are {1 - found.filling:.1%} full")
-        for line in found.mistakes.lines():
+        log.event("gathered", 0, **self.gathered.as_json())
+        for line in self.gathered.lines():
             log.say(line)
-        if overlaps:
-            sets = ", ".join(sorted({name for name, *_ in overlaps}))
-            n = sum(found.overlaps.values())
-            log.say(f"left out {n:,} conversations with questions of evaluation sets ({sets})")
+        for name in () if self.settings.source else self.gathered.counts:
+            part = MIXES[self.settings.mix][name]
+            log.say(f"{name}: {part.source}. Licence: {part.licence}")
 
     def look(self, log: "RunLog", step: int) -> None:
         """What is measured between steps: some held-out answers, and one of the model's own."""

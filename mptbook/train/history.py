@@ -46,6 +46,11 @@ def told(line: dict) -> str:
     """One line of `decisions` in words."""
     what = {
         "started": lambda: "resumed" if line["resumed"] else "started",
+        "gathered": lambda: (
+            f"{sum(line['conversations'].values()):,} conversations to learn from; left out "
+            f"{sum(kind['rows'] for kind in line['left_out']):,} bad rows, and "
+            f"{sum(n for *_, n in line['overlaps']):,} that evaluation sets ask"
+        ),
         "step": lambda: f"not taken: {line['refused']}",
         "rollback": lambda: (
             f"back to step {line['to']:,}, leaving out {len(line['skipped'])} batches: "

@@ -5,9 +5,11 @@ targets, seconds since the run began or was resumed, and refused: why the step w
 ""; what is not finite is null. The others:
 
     started    resumed: whether it goes on from a checkpoint, precision: of products
+    gathered   of a finetuning: conversations and heldout by source, filling, left_out: what was
+               wrong with rows, overlaps: questions of evaluation sets that were found
     stage      at the step before it: row_tokens, batch_tokens, domains: what it takes of each
     rollback   to: the step gone back to, skipped: places of the batches left out, reason
-    heldout    bits_per_byte of the front of each domain's held-out text, and by domains
+    heldout    bits_per_byte of the front of each domain's held-out text or answers, and by domains
     sample     prompt, text
     saved      path of a checkpoint; unsaved: error, why it could not be written
     damaged    path of a checkpoint passed over, what is wrong with it

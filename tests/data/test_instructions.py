@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mptbook.data.benchmarks import Question, load_benchmark
+from mptbook.data.benchmarks import BENCHMARKS, Question, load_benchmark
 from mptbook.data.conversations import Conversation
 from mptbook.data.instructions import MIXES, clean_mix, held_out, read_mix, without_overlap
 from mptbook.data.overlap import Overlap
@@ -81,6 +81,16 @@ def test_no_question_of_boolq_is_asked_word_for_word():
     asked = {one.messages[0]["content"].rpartition(": ")[2] for one in parts["yes-or-no"]}
     assert not asked & {question.query for question in load_benchmark("boolq")}
     assert overlaps["boolq", "exact"] >= 3270 - 20
+
+
+def test_no_question_of_any_set_stands_in_what_is_left(mix):
+    _, parts, _ = mix
+    texts = (m["content"] for of_part in parts.values() for one in of_part for m in one.messages)
+    everything = " ".join(" ".join(re.findall(r"\w+", f"{text} | ".lower())) for text in texts)
+    for name in BENCHMARKS:
+        for question in load_benchmark(name)[::150]:
+            words = re.findall(r"\w+", question.query.lower())
+            assert len(words) < 5 or f" {' '.join(words)} " not in everything, (name, question)
 
 
 def test_an_answer_of_quac_is_the_first_that_is_given():

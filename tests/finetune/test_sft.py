@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from mptbook import Tokenizer, load_model
+from mptbook.data.conversations import Mistakes, read_conversations
 from mptbook.data.packing import IGNORE
+from mptbook.finetune.gather import Layout
 from mptbook.finetune.sft import FinetuneRun, finetune
 from mptbook.tokenizer.chat import ChatTemplate, encode_messages
 from mptbook.train.log import read_log
@@ -172,6 +174,18 @@ def test_a_long_conversation_loses_its_end_where_that_is_asked(chosen, tmp_path)
     assert int(targets[0, -1]) not in (IGNORE, run.tokenizer.end_of_text)
     with pytest.raises(ValueError, match="long has no conversation to learn from: left out 2 rows"):
         FinetuneRun.make(chosen(tmp_path, **long, on_bad="skip"))
+
+
+def test_a_cut_answer_is_measured_by_the_bytes_that_are_left(chosen, tmp_path):
+    row = {"prompt": "why", "response": "so far " * 200}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row))
+    source = {"source": {"long": str(tmp_path / "long.jsonl")}, "hold_out": False}
+    run = FinetuneRun.make(chosen(tmp_path, **source, too_long="cut"))
+    layout = Layout(run.template, run.tokenizer, 160, run.settings)
+    conversations = list(read_conversations(str(tmp_path / "long.jsonl"), Mistakes()))
+    ((ids, learned),), _, n_bytes = layout.encode(conversations, Mistakes())
+    assert len(ids) == 161
+    assert n_bytes == len(run.tokenizer.decode(ids[learned.index(True) :]).encode()) < 1400
 
 
 def test_a_system_turn_is_put_before_conversations_without_one(chosen, tmp_path):

@@ -23,6 +23,13 @@ LINES = [
     {"kind": "unsaved", "step": 2, "error": "No space left"},
     {"kind": "stopped", "step": 2, "by": "SIGTERM"},
     {"kind": "started", "step": 2, "resumed": True},
+    {
+        "kind": "gathered",
+        "step": 0,
+        "conversations": {"mine": 1200, "theirs": 34},
+        "left_out": [{"what": "no turns", "rows": 2, "first": ["line 5: no turns"]}],
+        "overlaps": [["boolq", "near", 3], ["boolq", "exact", 4]],
+    },
     {"kind": "damaged", "step": 2, "path": "step-000003", "what": "state.json is missing"},
     step(3, 2.0),
     {"kind": "heldout", "step": 3, "bits_per_byte": 1.0, "domains": {}},
@@ -43,6 +50,8 @@ def test_every_decision_is_told_in_the_order_of_time(tmp_path):
         "step 2  no checkpoint: No space left",
         "step 2  stopped by SIGTERM",
         "step 2  resumed",
+        "step 0  1,234 conversations to learn from; left out 2 bad rows, and 7 that evaluation "
+        "sets ask",
         "step 2  passed over step-000003: state.json is missing",
     ]
 
