@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mptbook import wheels
-from mptbook.data.conversations import Mistakes, read_rows
+from mptbook.data.conversations import Mistakes, read_rows, spoken
 from mptbook.data.corpora import SPLITS
 from mptbook.tokenizer.chat import check_turns
 
@@ -176,8 +176,8 @@ def as_pair(row: Any, where: str = "") -> Pair:
     """A pair out of a row with the columns `prompt`, `chosen` and `rejected`.
 
     `prompt` is text or a list of messages; the answers are text, or a list with one message of
-    the assistant. Without `prompt` both answers are whole conversations that differ in their
-    last turn, as in HH-RLHF.
+    the assistant. Without `prompt` both are whole conversations that differ in their last turn:
+    lists of messages, or text with "Human:" and "Assistant:", as in HH-RLHF.
 
     Raises:
         ValueError: saying what is wrong with it.
@@ -187,13 +187,16 @@ def as_pair(row: Any, where: str = "") -> Pair:
     for column in ("chosen", "rejected"):
         if not row.get(column):
             raise ValueError(f"it has no {column}")
-    chosen, rejected = (_turns(row[name], "assistant", name) for name in ("chosen", "rejected"))
     if row.get("prompt"):
         prompt = _turns(row["prompt"], "user", "prompt")
+        chosen, rejected = (_turns(row[key], "assistant", key) for key in ("chosen", "rejected"))
     else:
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[len(chosen) - 1 :]
-        if not prompt or list(prompt) != list(_turns(row["rejected"], "", "")[: len(prompt)]):
+        chosen, rejected = (_conversation(row[key], key) for key in ("chosen", "rejected"))
+        shared = len(chosen) - 1
+        prompt = chosen[:shared]
+        if not prompt or rejected[:shared] != prompt:
             raise ValueError("it has no prompt, and chosen and rejected share no conversation")
+        chosen, rejected = chosen[shared:], rejected[shared:]
     for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
         if len(answer) != 1:
             raise ValueError(f"{name} has {len(answer)} turns; it should be one answer")
@@ -201,6 +204,10 @@ def as_pair(row: Any, where: str = "") -> Pair:
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same")
     return Pair(tuple(prompt), chosen[0]["content"], rejected[0]["content"], where)
+
+
+def _conversation(value: Any, name: str) -> list[Message]:
+    return spoken(value) if isinstance(value, str) else _turns(value, "", name)
 
 
 def _turns(value: Any, role: str, name: str) -> list[Message]:

@@ -139,6 +139,10 @@ def test_an_unknown_split_is_refused():
             "chosen": [*ASKED, {"role": "assistant", "content": "Because it rains."}],
             "rejected": [*ASKED, {"role": "assistant", "content": "No."}],
         },
+        {
+            "chosen": "\n\nHuman: Why?\n\nAssistant: Because it rains.",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+        },
     ],
 )
 def test_text_and_messages_with_or_without_a_prompt_are_the_same_pair(row):
