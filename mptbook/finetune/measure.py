@@ -16,7 +16,7 @@ from mptbook.finetune.gather import HeldOut
 from mptbook.infer.chat import Answer, answer
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision, autocast
-from mptbook.tokenizer.chat import ChatTemplate
+from mptbook.tokenizer.chat import ChatTemplate, encode_prompt
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 # How the default instructions ask for one of two words, and the two.
@@ -75,9 +75,12 @@ def answered(
     """What the user asked last, and what the model answers, most likely token by token.
 
     Args:
-        n: how many of the held-out conversations, from the front.
+        n: how many of the held-out conversations, from the front, of those whose prompt fits into
+            a row of the model.
     """
-    asked = [one.messages[:-1] for one in heldout.conversations[:n]]
+    asked = [one.messages[:-1] for one in heldout.conversations]
+    room = model.config.max_seq_len
+    asked = [m for m in asked if len(encode_prompt(template, tokenizer, m)) <= room][:n]
     found: list[Answer] = []
     for first in range(0, len(asked), batch):
         part = asked[first : first + batch]
@@ -110,9 +113,12 @@ def training_bytes(model: MPT, optimizer: torch.optim.Optimizer) -> dict[str, in
 
 
 def shares(answers: Sequence[tuple[str, Answer]]) -> dict[str, float | None]:
-    """Of answers the part that ended by itself, and of those asked for a form that which has it."""
+    """Of answers the part that ended by itself, and of those asked for a form that which has it.
+
+    None where there are none.
+    """
     forms = [form for asked, one in answers if (form := follows(asked, one.text)) is not None]
     return {
-        "ended": sum(one.ended for _, one in answers) / len(answers),
+        "ended": sum(one.ended for _, one in answers) / len(answers) if answers else None,
         "in form": sum(forms) / len(forms) if forms else None,
     }

@@ -207,8 +207,8 @@ class FinetuneRun(Run):
         if self.heldout:
             self._measure(log, "heldout", step, few(self.heldout, self.settings.heldout_rows))
             of_source = next(iter(self.heldout.values()))
-            ((asked, own),) = answered(self.model, self.tokenizer, self.template, of_source, 1)
-            log.sample(step, asked, own.text)
+            for asked, own in answered(self.model, self.tokenizer, self.template, of_source, 1):
+                log.sample(step, asked, own.text)
 
     def look_at_all(self, log: "RunLog", step: int) -> None:
         """What is measured at the end: all held-out answers."""

@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 
 from mptbook import load_model
+from mptbook.data.conversations import Mistakes, read_conversations
+from mptbook.finetune.gather import HeldOut
 from mptbook.finetune.lora import Lora
-from mptbook.finetune.measure import few, follows, response_loss, shares, training_bytes
+from mptbook.finetune.measure import answered, few, follows, response_loss, shares, training_bytes
 from mptbook.finetune.sft import FinetuneRun
 from mptbook.infer.chat import Answer
 from mptbook.tokenizer.chat import encode_messages
@@ -60,6 +64,17 @@ def test_shares_count_what_ended_and_what_has_its_form():
     ]
     assert shares(answers) == {"ended": 2 / 3, "in form": 1 / 2}
     assert shares(answers[2:]) == {"ended": 1.0, "in form": None}
+    assert shares([]) == {"ended": None, "in form": None}
+
+
+def test_only_prompts_that_fit_a_row_are_answered(chosen, talk, tmp_path):
+    lines = [{"prompt": "why " * n, "response": "so"} for n in (300, 2, 3)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    conversations = list(read_conversations(str(tmp_path / "long.jsonl"), Mistakes()))
+    run = FinetuneRun.make(chosen(tmp_path))
+    heldout = HeldOut(run.heldout["talk"].rows, 1, conversations)
+    found = answered(run.model, run.tokenizer, run.template, heldout, 9, max_new_tokens=2)
+    assert [asked for asked, _ in found] == ["why why ", "why why why "]
 
 
 def test_adapters_have_the_only_gradients_and_states(chosen, tmp_path):
