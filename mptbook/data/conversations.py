@@ -103,7 +103,7 @@ def read_conversations(source: str, mistakes: Mistakes) -> Iterator[Conversation
         ConnectionError: if the hub does not give the dataset.
     """
     place, _, wanted = source.partition("#")
-    for where, row in _rows(place):
+    for where, row in read_rows(place):
         try:
             value = row() if callable(row) else row
             if wanted and not has_value(value, wanted, where):
@@ -134,7 +134,7 @@ def to_messages(row: Any) -> list[dict[str, str]]:
         return _pair(prompt, response, [row[name] for name in BESIDE if row.get(name)])
     text = row.get("chosen", row.get("text"))
     if isinstance(text, str) and SPOKEN.match(text):
-        return _spoken(text)
+        return spoken(text)
     raise ValueError(
         f"no turns: it has {', '.join(sorted(row)) or 'nothing'}, and neither messages nor a "
         "prompt with a response"
@@ -160,15 +160,23 @@ def _pair(prompt: Any, response: Any, beside: list[Any]) -> list[dict[str, str]]
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
 
 
-def _spoken(text: str) -> list[dict[str, str]]:
+def spoken(text: str) -> list[dict[str, str]]:
+    """The turns of a text with "Human:" and "Assistant:" before them; none if it has neither."""
     _, *parts = SPOKEN.split(text)
     roles = {"Human": "user", "Assistant": "assistant"}
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": roles[who], "content": said.strip()} for who, said in pairs]
 
 
-def _rows(place: str) -> Iterable[tuple[str, Any]]:
-    """Where each row is, and the row, or what gives it."""
+def read_rows(place: str) -> Iterable[tuple[str, Any]]:
+    """Where each row is, and the row; of JSON lines a function that gives it.
+
+    Args:
+        place: as `source` of `read_conversations`, without `#FIELD=VALUE`.
+
+    Raises:
+        ValueError: from that function, if the line is no JSON; else as `read_conversations`.
+    """
     if place.startswith(HUB):
         for number, row in enumerate(open_hub(place, stream=True), start=1):
             yield f"{place}, row {number}", row

@@ -1,1 +1,1 @@
-"""Training: the loop, its log, whole runs."""
+"""What makes an assistant of a pretrained model: answers, adapters, preferences."""
