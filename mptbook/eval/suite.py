@@ -3,8 +3,9 @@
     accuracy     the mean grade; of most tasks a question is right or wrong
     error        standard error of that mean, as if the questions were drawn independently
     above        (accuracy - chance) / (1 - chance): 0 for a guess, 1 for all right
-    calibration  how far confidence and accuracy lie apart, the mean over 10 bins of confidence,
-                 which is the softmax of what the options are compared by
+    calibration  how far confidence and accuracy lie apart, the mean over 10 bins of confidence
+
+Confidence is the softmax of what the options are compared by, at the one that was chosen.
 
 A category is the mean of `above` over its tasks, and the average that over categories; both are
 missing as long as a task of theirs is: MPT's Gauntlet is counted so.
