@@ -5,8 +5,7 @@ targets, seconds since the run began or was resumed, and refused: why the step w
 ""; what is not finite is null. The others:
 
     started    resumed: whether it goes on from a checkpoint, precision: of products
-    gathered   of a finetuning: conversations and heldout by source, filling, left_out: what was
-               wrong with rows, overlaps: questions of evaluation sets that were found
+    gathered   of a finetuning: conversations, heldout, filling, left_out: of bad rows, overlaps
     stage      at the step before it: row_tokens, batch_tokens, domains: what it takes of each
     rollback   to: the step gone back to, skipped: places of the batches left out, reason
     heldout    bits_per_byte of the front of each domain's held-out text or answers, and by domains
