@@ -18,7 +18,7 @@ from mptbook.data.benchmarks import load_benchmark
 from mptbook.eval.peer import SMOLLM2, peer_path
 from mptbook.eval.reader import Reader, load_reader
 from mptbook.eval.score import likelihoods
-from mptbook.eval.suite import calibration_error, categories, load_suite, run_task
+from mptbook.eval.suite import calibration_error, categories, confidence, load_suite, run_task
 from mptbook.eval.tasks import Choice, Task, pose
 from mptbook.hf import MPTForCausalLM
 from mptbook.model.mpt import MPT
@@ -108,13 +108,7 @@ def _asked(reader: Reader, task: Task, items: int, batch_tokens: int) -> dict:
 
 def _confidences(rows: Sequence[dict]) -> tuple[list[float], list[float]]:
     """How sure the model is of each choice by its log-likelihoods, and whether it was right."""
-    pairs = [
-        (
-            1 / sum(math.exp(one - max(row["nats"])) for one in row["nats"]),
-            float(row["chosen"]["none"] == row["gold"]),
-        )
-        for row in rows
-    ]
+    pairs = [(confidence(row["nats"]), float(row["chosen"]["none"] == row["gold"])) for row in rows]
     return [sure for sure, _ in pairs], [right for _, right in pairs]
 
 

@@ -146,9 +146,9 @@ def load_reader(
 
     Raises:
         FileNotFoundError: if a path does not exist, or is no model directory.
-        ValueError: if the files are not those of a causal model.
+        ValueError: if the files are not those of a causal model, or are .gguf and the package
+            gguf is missing.
         ConnectionError: if a hub name cannot be fetched.
-        ImportError: if a .gguf file is to be read and the package gguf is missing.
     """
     source, how = _source(path)
     dtype = "auto" if dtype is None else dtype

@@ -156,9 +156,14 @@ def _judged(task: Task, posed: Posed, found: Sequence[Likelihood]) -> dict:
         scores = normalised(nats, tokens, posed.options, how, unasked)
         chosen[how] = scores.index(max(scores))
         if how == getattr(task, "normalise", "none"):
-            row["confidence"] = 1 / sum(math.exp(score - max(scores)) for score in scores)
+            row["confidence"] = confidence(scores)
             row["score"] = float(chosen[how] == gold)
     return row | {"chosen": chosen, "gold": gold}
+
+
+def confidence(scores: Sequence[float]) -> float:
+    """The share that the likeliest option has of the likelihood of all, from 0 to 1."""
+    return 1 / sum(math.exp(score - max(scores)) for score in scores)
 
 
 def summary(posed: Sequence[Posed], rows: Sequence[dict]) -> dict:
