@@ -212,7 +212,9 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.mark.slow  # the harness asks the machine many things before it writes results
-def test_the_command_of_the_harness_takes_our_model(folder, tmp_path):
+def test_the_command_of_the_harness_takes_our_model(folder, reader, tmp_path):
+    task = Choice(data="x.jsonl")
+    posed = pose(task, CHOICES[:4])
     rows = [{"query": q.query, "choices": list(q.options), "gold": q.gold} for q in CHOICES[:4]]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "cats.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
@@ -227,4 +229,5 @@ def test_the_command_of_the_harness_takes_our_model(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = (tmp_path / "out").rglob("results*.json")
-    assert 0 <= json.loads(file.read_text())["results"]["cats"]["acc,none"] <= 1
+    accuracy = summary(posed, our_rows(reader, task, posed))["accuracy"]
+    assert json.loads(file.read_text())["results"]["cats"]["acc,none"] == accuracy
