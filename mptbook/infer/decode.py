@@ -1,0 +1,265 @@
+"""One more token for several sequences at once, on a CPU: a forward pass of few rows.
+
+The same function as `MPT.forward` for one new token of each sequence, written out in loops that
+are compiled as one. Eager PyTorch would make some thirty calls a layer, and for a small model
+spend longer on them than on the weights.
+
+Dimensions in this file
+    R   rows: sequences that a token is written for
+    L   layers
+    S   slots of the cache, one sequence each
+    H   query heads;  G  key and value heads, a divisor of H
+    T   tokens that a slot has room for
+    K   width of a head
+    D   width of the residual stream
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba import float32, int8, njit, prange, types, uint16, uint32
+from numba.extending import overload
+from torch import Tensor, nn
+
+from mptbook.infer.kernels import COMPILED, PARALLEL, Linear, Norm, gelu, multiply, normalise, widen
+from mptbook.model.mpt import MPT
+from mptbook.model.norms import Norm as NormModule
+
+
+class Layer(NamedTuple):
+    norm_1: Norm
+    Wqkv: Linear
+    q_ln: Norm
+    k_ln: Norm
+    out_proj: Linear
+    norm_2: Norm
+    up_proj: Linear
+    down_proj: Linear
+    windows: np.ndarray  # (G,) int64, keys that a head needs at most
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers; see `mptbook.infer.slots`."""
+
+    keys: np.ndarray  # (L, S, G, T, K) float32, uint16 (bfloat16) or int8
+    values: np.ndarray
+    key_scale: np.ndarray  # (L, S, G, T) float32 of int8, else of no elements
+    value_scale: np.ndarray
+
+
+class Shape(NamedTuple):
+    n_heads: int
+    kv_heads: int
+    width: int
+    eps: float
+    rms: bool
+    clip: float  # infinity where there is none
+    scale: float
+
+
+class Decoder:
+    """The weights of a model as compiled code reads them; they stay where they are."""
+
+    def __init__(self, model: MPT, windows: Sequence[Sequence[int]]) -> None:
+        config = model.config
+        blocks = model.transformer.blocks
+        self.layers = tuple(
+            _layer(block, each) for block, each in zip(blocks, windows, strict=True)
+        )
+        attn, norm = blocks[0].attn, blocks[0].norm_1
+        clip = math.inf if attn.clip is None else float(attn.clip)
+        self.shape = Shape(
+            attn.n_heads, attn.kv_heads, attn.width, norm.eps, norm.rms, clip, float(attn.scale)
+        )
+        self.norm_f = _norm(model.transformer.norm_f)
+        self.head = _linear(model.transformer.wte if config.tie_word_embeddings else model.lm_head)
+        self.slopes = model.slopes.numpy()
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(
+        self, cache: Cache, slots: Sequence[int], lengths: list[int], ids: Tensor
+    ) -> Tensor:
+        """Logits after one more token in each of some slots.
+
+        Args:
+            cache: extended by the keys and values of the tokens.
+            slots: (R,), which of them, no one twice.
+            lengths: (R,) tokens that each holds before.
+            ids: (R,) int64.
+
+        Returns:
+            (R, V) float32.
+        """
+        transformer, config = self.model.transformer, self.model.config
+        x = transformer.wte(ids).float()
+        if config.has_positions:
+            x = x + transformer.wpe(torch.tensor(lengths)).float()
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        where = np.array(slots, np.int64), np.array(lengths, np.int64)
+        weights = self.layers, self.norm_f, self.head
+        logits = torch.from_numpy(step(x.numpy(), weights, cache, *where, self.slopes, self.shape))
+        factor = config.logit_factor
+        return logits if factor == 1 else logits * factor
+
+
+def _layer(block: nn.Module, windows: Sequence[int]) -> Layer:
+    attn, ffn = block.attn, block.ffn
+    return Layer(
+        _norm(block.norm_1),
+        _linear(attn.Wqkv),
+        _norm(attn.q_ln),
+        _norm(attn.k_ln),
+        _linear(attn.out_proj),
+        _norm(block.norm_2),
+        _linear(ffn.up_proj),
+        _linear(ffn.down_proj),
+        np.array(windows, np.int64),
+    )
+
+
+def _norm(norm: NormModule | None) -> Norm:
+    if norm is None:
+        return Norm(_floats(None), _floats(None))
+    return Norm(_floats(norm.weight), _floats(norm.bias))
+
+
+def _linear(layer: nn.Module) -> Linear:
+    """Of an `nn.Linear` or `nn.Embedding`, or of what `mptbook.infer.quantize` makes of them."""
+    bias = _floats(getattr(layer, "bias", None))
+    if hasattr(layer, "packed"):
+        shape = (0, 0) if layer.packed.dim() == 3 else (0,)
+        scale = np.empty(shape, np.float32) if layer.scale is None else layer.scale.numpy()
+        return Linear(_bits(layer.packed), scale, bias)
+    return Linear(_bits(layer.weight.detach()), np.empty(0, np.float32), bias)
+
+
+def _bits(weight: Tensor) -> np.ndarray:
+    """NumPy's view of a weight; of bfloat16, which it does not know, the bits."""
+    if weight.dtype == torch.bfloat16:
+        return weight.view(torch.uint16).numpy()
+    return weight.numpy() if weight.dtype != torch.half else weight.float().numpy()
+
+
+def _floats(values: Tensor | None) -> np.ndarray:
+    return np.empty(0, np.float32) if values is None else values.detach().float().numpy()
+
+
+@njit(**COMPILED)
+def step(x, weights, cache, slots, lengths, slopes, shape):
+    """(R, V) logits of (R, D) embeddings; the cache is extended."""
+    layers, norm_f, head = weights
+    n_rows = len(x)
+    inner = shape.n_heads * shape.width
+    keys = shape.kv_heads * shape.width
+    normed, added = np.empty_like(x), np.empty_like(x)
+    qkv = np.empty((n_rows, inner + 2 * keys), np.float32)
+    attended = np.empty((n_rows, inner), np.float32)
+    hidden = np.empty((n_rows, layers[0].up_proj.weight.shape[0]), np.float32)
+    for number in range(len(layers)):
+        layer = layers[number]
+        normalise(layer.norm_1, shape.eps, shape.rms, x, normed)
+        multiply(layer.Wqkv, normed, qkv)
+        np.clip(qkv, -shape.clip, shape.clip, qkv)
+        if layer.q_ln.gain.size:
+            q, k = qkv[:, :inner], qkv[:, inner : inner + keys]
+            normalise(layer.q_ln, shape.eps, shape.rms, q, q)
+            normalise(layer.k_ln, shape.eps, shape.rms, k, k)
+        append(qkv, cache, number, slots, lengths, shape)
+        attend(qkv, cache, number, slots, lengths, slopes, layer.windows, shape, attended)
+        multiply(layer.out_proj, attended, added)
+        x += added
+        normalise(layer.norm_2, shape.eps, shape.rms, x, normed)
+        multiply(layer.up_proj, normed, hidden)
+        gelu(hidden)
+        multiply(layer.down_proj, hidden, added)
+        x += added
+    normalise(norm_f, shape.eps, shape.rms, x, normed)
+    logits = np.empty((n_rows, head.weight.shape[0]), np.float32)
+    multiply(head, normed, logits)
+    return logits
+
+
+@njit(**COMPILED)
+def append(qkv, cache, layer, slots, lengths, shape):
+    """Write the keys and values of the new tokens into the cache."""
+    first = shape.n_heads * shape.width
+    for r in range(len(slots)):
+        for head in range(shape.kv_heads):
+            k = first + head * shape.width
+            v = k + shape.kv_heads * shape.width
+            at = layer, slots[r], head, lengths[r]
+            store(qkv[r, k : k + shape.width], cache.keys[at], cache.key_scale, at)
+            store(qkv[r, v : v + shape.width], cache.values[at], cache.value_scale, at)
+
+
+def store(numbers, kept, scales, at):
+    """Write (K,) float32 numbers in the cache's format."""
+    raise AssertionError("compiled code only")
+
+
+@overload(store, jit_options=COMPILED)
+def _store(numbers, kept, scales, at):
+    if kept.dtype == types.uint16:
+        return store_bfloat16
+    return store_int8 if kept.dtype == types.int8 else store_float32
+
+
+def store_float32(numbers, kept, scales, at):
+    kept[:] = numbers
+
+
+def store_bfloat16(numbers, kept, scales, at):
+    for d in range(len(numbers)):
+        bits = np.float32(numbers[d]).view(np.uint32)
+        odd = uint32((bits >> uint32(16)) & uint32(1))  # to the nearest, halves to the even
+        kept[d] = uint16(uint32(bits + uint32(0x7FFF) + odd) >> uint32(16))
+
+
+def store_int8(numbers, kept, scales, at):
+    largest = float32(0)
+    for d in range(len(numbers)):
+        largest = max(largest, abs(numbers[d]))
+    scales[at] = largest / float32(127)
+    factor = float32(127) / largest if largest > 0 else float32(0)
+    for d in range(len(numbers)):
+        kept[d] = int8(np.rint(numbers[d] * factor))
+
+
+@njit(**PARALLEL)
+def attend(qkv, cache, layer, slots, lengths, slopes, windows, shape, out):
+    """Attention of the new tokens to those of their slots; (R, H * K) into out."""
+    n_heads, width = shape.n_heads, shape.width
+    copies = n_heads // shape.kv_heads
+    for item in prange(len(slots) * n_heads):
+        r, head = item // n_heads, item % n_heads
+        slot, end, shared = slots[r], lengths[r] + 1, head // copies
+        start = max(0, end - windows[shared])  # farther keys change nothing: see horizon
+        q = qkv[r, head * width : (head + 1) * width]
+        keys, values = cache.keys[layer, slot, shared], cache.values[layer, slot, shared]
+        weight = np.empty(end - start, np.float32)
+        for j in range(end - start):
+            key = keys[start + j]
+            score = float32(0)
+            for d in range(width):
+                score += q[d] * widen(key[d])
+            if cache.key_scale.size:
+                score *= cache.key_scale[layer, slot, shared, start + j]
+            distance = float32(end - 1 - start - j)
+            weight[j] = score * float32(shape.scale) - slopes[head] * distance
+        largest = weight.max()
+        total = float32(0)
+        mixed = np.zeros(width, np.float32)
+        for j in range(end - start):
+            share = math.exp(weight[j] - largest)
+            total += share
+            if cache.value_scale.size:
+                share *= cache.value_scale[layer, slot, shared, start + j]
+            value = values[start + j]
+            for d in range(width):
+                mixed[d] += share * widen(value[d])
+        out[r, head * width : (head + 1) * width] = mixed / total

@@ -1,0 +1,225 @@
+"""Sequences that a model reads and writes side by side, each in a slot of one cache.
+
+Dimensions in this file
+    L   layers
+    S   slots
+    G   key and value heads
+    T   tokens that a slot has room for
+    K   width of a head
+    V   vocabulary
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mptbook.infer.cache import windows_of
+from mptbook.model.mpt import MPT
+
+CacheDtype = Literal["float32", "bfloat16", "int8"]
+CHUNK = 512  # tokens read at once, so that what attention needs besides does not grow
+FAR = 1024  # tokens from which finding out what a head can leave out is worth it
+
+
+class Slots:
+    """A model, and room for the keys and values of several sequences.
+
+    All room is taken at once; nothing moves or grows afterwards. On a CPU one more token for
+    some of the sequences is a call of compiled loops, `mptbook.infer.decode`; everything else is
+    `MPT.forward`.
+
+    Args:
+        model: in evaluation mode afterwards.
+        n_slots: S.
+        n_tokens: T.
+        dtype: of what is kept. None: float32 where the model's weights are, else bfloat16. int8
+            has a scale for each vector.
+    """
+
+    def __init__(
+        self, model: MPT, n_slots: int, n_tokens: int, dtype: CacheDtype | None = None
+    ) -> None:
+        if n_slots < 1 or n_tokens < 1:
+            raise ValueError(f"{n_slots} slots of {n_tokens} tokens; there must be one of each")
+        self.model, self.n_slots, self.n_tokens = model.eval(), n_slots, n_tokens
+        self.lengths = [0] * n_slots
+        attn = model.transformer.blocks[0].attn
+        if dtype is None:
+            gain = model.transformer.norm_f.weight
+            whole = gain.dtype == torch.float32 and not hasattr(attn.Wqkv, "packed")
+            dtype = "float32" if whole else "bfloat16"
+        layers, kind = model.config.n_layers, getattr(torch, dtype)
+        shape = layers, n_slots, attn.kv_heads, n_tokens, attn.width
+        # Zeros, so that the memory is taken now and not while a request waits.
+        self.keys = torch.zeros(shape, dtype=kind, device=model.device)
+        self.values = torch.zeros_like(self.keys)
+        scales = shape[:-1] if dtype == "int8" else (0, 0, 0, 0)
+        self.key_scale = torch.zeros(scales, device=model.device)
+        self.value_scale = torch.zeros_like(self.key_scale)
+        self._decoder = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the cache takes."""
+        kept = self.keys, self.values, self.key_scale, self.value_scale
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    @torch.inference_mode()
+    def read(self, slot: int, ids: Sequence[int], every: bool = False) -> Tensor:
+        """Append tokens to a slot.
+
+        Args:
+            ids: at least one.
+            every: logits after each of them, not only after the last.
+
+        Returns:
+            (V,) float32, or (len(ids), V).
+
+        Raises:
+            ValueError: if the slot has no room for them.
+        """
+        self._check_room(slot, len(ids))
+        if len(ids) == 1 and self._compiled:
+            return self.decode([slot], ids) if every else self.decode([slot], ids)[0]
+        found = []
+        for start in range(0, len(ids), CHUNK):
+            part = torch.tensor([ids[start : start + CHUNK]], device=self.model.device)
+            hidden = self.model.hidden(part, None, _Slot(self, slot))
+            self.lengths[slot] += part.shape[1]
+            if every:
+                found.append(self.model.logits(hidden)[0].float())
+        return torch.cat(found) if every else self.model.logits(hidden[:, -1:])[0, 0].float()
+
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """One more token in each of several slots; the weights are read once for all.
+
+        Args:
+            slots: which, no one twice.
+            ids: the tokens.
+
+        Returns:
+            (len(slots), V) float32.
+
+        Raises:
+            ValueError: if a slot has no room for one more.
+        """
+        for slot in slots:
+            self._check_room(slot, 1)
+        lengths = [self.lengths[slot] for slot in slots]
+        if self._compiled:
+            logits = self._decode_compiled(slots, lengths, ids)
+        else:
+            logits = self._decode_padded(slots, lengths, ids)
+        for slot in slots:
+            self.lengths[slot] += 1
+        return logits
+
+    def crop(self, slot: int, length: int) -> None:
+        """Forget all but the first tokens of a slot."""
+        self.lengths[slot] = min(length, self.lengths[slot])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first tokens of one slot in the place of what another holds."""
+        length = min(length, self.lengths[source])
+        for kept in (self.keys, self.values, self.key_scale, self.value_scale):
+            if kept.numel():
+                kept[:, target, :, :length] = kept[:, source, :, :length]
+        self.lengths[target] = length
+
+    @property
+    def _compiled(self) -> bool:
+        return self.model.device.type == "cpu"
+
+    def _decode_compiled(self, slots, lengths, ids) -> Tensor:
+        from mptbook.infer.decode import Cache, Decoder  # compiles, which reading need not
+
+        if self._decoder is None:
+            bits = self.keys, self.values
+            if self.keys.dtype == torch.bfloat16:
+                bits = [kept.view(torch.uint16) for kept in bits]
+            kept = *bits, self.key_scale, self.value_scale
+            self._cache = Cache(*(each.numpy() for each in kept))
+            self._decoder = Decoder(self.model, self._windows())
+        return self._decoder(self._cache, slots, lengths, torch.tensor(ids))
+
+    @torch.inference_mode()
+    def _decode_padded(self, slots, lengths, ids) -> Tensor:
+        device = self.model.device
+        rows = _Rows(self, slots, lengths)
+        hidden = self.model.hidden(torch.tensor(ids, device=device)[:, None], rows.documents, rows)
+        return self.model.logits(hidden)[:, 0].float()
+
+    def _windows(self) -> list[list[int]]:
+        if self.n_tokens < FAR or not self.model.config.attn_config.alibi:
+            return [[self.n_tokens] * self.keys.shape[2]] * len(self.keys)
+        return windows_of(self.model)
+
+    def _check_room(self, slot: int, new: int) -> None:
+        if new < 1:
+            raise ValueError("no tokens to read; give at least one, end-of-text for a new text")
+        if self.lengths[slot] + new > self.n_tokens:
+            raise ValueError(
+                f"{self.lengths[slot]} tokens and {new} more, but a slot holds {self.n_tokens}; "
+                "shorten the text or make larger slots"
+            )
+
+    def _write(self, layer: int, slot: int, start: int, k: Tensor, v: Tensor) -> None:
+        """(G, Tq, K) keys and values into a slot."""
+        end = start + k.shape[1]
+        kept = (self.keys, self.key_scale, k), (self.values, self.value_scale, v)
+        for numbers, scales, new in kept:
+            if scales.numel():
+                scale = new.float().abs().amax(2) / 127  # (G, Tq)
+                scales[layer, slot, :, start:end] = scale
+                new = (new / scale.clamp(min=1e-30)[..., None]).round()
+            numbers[layer, slot, :, start:end] = new
+
+    def _read(self, layer: int, slot: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(G, end, K) keys and values of a slot, in the dtype that attention computes in."""
+        found = []
+        for numbers, scales in ((self.keys, self.key_scale), (self.values, self.value_scale)):
+            kept = numbers[layer, slot, :, :end]
+            if scales.numel():
+                kept = kept * scales[layer, slot, :, :end, None]
+            found.append(kept.to(dtype))
+        return found[0], found[1]
+
+
+class _Slot:
+    """One slot as the cache of `MPT.forward`."""
+
+    def __init__(self, slots: Slots, slot: int) -> None:
+        self.slots, self.slot, self.start = slots, slot, slots.lengths[slot]
+
+    def __len__(self) -> int:
+        return self.start
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        self.slots._write(layer, self.slot, self.start, k[0], v[0])
+        kept = self.slots._read(layer, self.slot, self.start + k.shape[2], k.dtype)
+        return [(kept[0][None], kept[1][None])]
+
+
+class _Rows:
+    """Several slots as the cache of `MPT.forward`, padded on the left to the longest."""
+
+    def __init__(self, slots: Slots, chosen: Sequence[int], lengths: Sequence[int]) -> None:
+        self.slots, self.chosen, self.lengths = slots, chosen, lengths
+        longest = max(lengths) + 1
+        filled = torch.tensor(lengths, device=slots.model.device)[:, None] + 1
+        place = torch.arange(longest, device=filled.device)
+        self.documents = (place >= longest - filled).long()  # 0 is padding
+
+    def __len__(self) -> int:
+        return max(self.lengths)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        size = len(self.chosen), k.shape[1], max(self.lengths) + 1, k.shape[3]
+        keys, values = k.new_zeros(size), v.new_zeros(size)
+        for row, (slot, length) in enumerate(zip(self.chosen, self.lengths, strict=True)):
+            self.slots._write(layer, slot, length, k[row], v[row])
+            kept = self.slots._read(layer, slot, length + 1, k.dtype)
+            keys[row, :, size[2] - length - 1 :], values[row, :, size[2] - length - 1 :] = kept
+        return [(keys, values)]

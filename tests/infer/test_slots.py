@@ -1,0 +1,178 @@
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mptbook.infer.slots import Slots
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+
+V = 97
+SHAPES = {
+    "plain": {},
+    "grouped keys": {"attn_type": "grouped_query_attention", "kv_n_heads": 2},
+    "one key head": {"attn_type": "multiquery_attention"},
+    "clipped, far-sighted": {"clip_qkv": 0.5, "alibi_bias_max": 16},
+    "normed keys and a scale": {"qk_ln": True, "softmax_scale": 0.2},
+    "biases": {"no_bias": False},
+    "learned positions": {"alibi": False, "learned_pos_emb": True},
+    "RMSNorm, own head": {"norm_type": "rmsnorm", "tie_word_embeddings": False},
+    "scaled logits": {"logit_scale": 0.25, "expansion_ratio": 2},
+}
+# Sums in another order, through three layers; logits are up to 10.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+# Relative to the largest logit: 8 bits of each key and value, and 127 steps.
+COARSE = {"bfloat16": 0.01, "int8": 0.03}
+
+
+@functools.cache
+def model(shape="plain"):
+    torch.manual_seed(1)
+    config = MPTConfig(d_model=66, n_heads=6, n_layers=3, max_seq_len=64, vocab_size=V)
+    found = MPT(config.replace(**SHAPES[shape])).eval()
+    with torch.no_grad():
+        for weight in found.parameters():  # gains and biases that are not one and zero
+            weight.add_(0.1 * torch.randn_like(weight))
+    return found
+
+
+def some_ids(n_rows, n_tokens, seed=0):
+    return torch.randint(0, V, (n_rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["compiled", "padded"])
+def form(request, monkeypatch):
+    """The two ways of writing a token; the second is that of a GPU."""
+    if request.param == "padded":
+        monkeypatch.setattr(Slots, "_compiled", False)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_written_side_by_side_are_those_of_one_forward_pass(shape, form):
+    ids, whole = some_ids(5, 30), model(shape)
+    slots = Slots(whole, 6, 30)
+    places, starts = [4, 0, 5, 2, 1], [1, 17, 8, 2, 29]
+    for row, (slot, start) in enumerate(zip(places, starts, strict=True)):
+        slots.read(slot, ids[row, :start].tolist())
+    with torch.no_grad():
+        expected = whole(ids)
+    for _ in range(29):
+        rows = [row for row in range(5) if slots.lengths[places[row]] < 30]
+        at = [slots.lengths[places[row]] for row in rows]
+        logits = slots.decode([places[row] for row in rows], ids[rows, at].tolist())
+        torch.testing.assert_close(logits, expected[rows, at], **CLOSE)
+    assert slots.lengths == [30, 30, 30, 0, 30, 30]
+
+
+@pytest.mark.parametrize("dtype", COARSE)
+def test_a_cache_of_fewer_bits_changes_logits_by_its_rounding(dtype, form):
+    ids, whole = some_ids(1, 40), model()
+    slots = Slots(whole, 2, 40, dtype)
+    read = slots.read(1, ids[0, :20].tolist(), every=True)
+    written = torch.cat([slots.decode([1], [int(i)]) for i in ids[0, 20:]])
+    with torch.no_grad():
+        expected = whole(ids)[0]
+    error = (torch.cat([read, written]) - expected).abs().max() / expected.abs().max()
+    assert 1e-6 < error < COARSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_both_ways_of_writing_a_token_keep_the_same_numbers(dtype, monkeypatch):
+    ids = some_ids(1, 20)[0].tolist()
+    kept = []
+    for compiled in (True, False):
+        monkeypatch.setattr(Slots, "_compiled", compiled)
+        slots = Slots(model(), 1, 20, dtype)
+        for i in ids:
+            slots.decode([0], [i])
+        kept.append(slots._read(0, 0, 20, torch.float32))
+    for compiled, plain in zip(*kept, strict=True):
+        step = compiled.abs().max() * {"float32": 1e-5, "bfloat16": 2**-8, "int8": 1 / 127}[dtype]
+        assert (compiled - plain).abs().max() <= 1.01 * step
+        assert ((compiled - plain).abs() < step / 4).float().mean() > 0.95
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8), every=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_a_text_may_be_read_in_pieces(sizes, every):
+    ids = some_ids(1, sum(sizes), seed=sum(sizes))
+    slots, end = Slots(model(), 1, 72), 0
+    with torch.no_grad():
+        expected = model()(ids)[0]
+    for size in sizes:
+        start, end = end, end + size
+        logits = slots.read(0, ids[0, start:end].tolist(), every)
+        torch.testing.assert_close(
+            logits, expected[start:end] if every else expected[end - 1], **CLOSE
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_copied_beginning_and_a_cropped_end_serve_as_if_read(dtype):
+    ids = some_ids(1, 25)[0].tolist()
+    slots = Slots(model(), 3, 25, dtype)
+    slots.read(0, ids)
+    slots.copy(0, 2, 11)
+    slots.crop(0, 18)
+    assert slots.lengths == [18, 0, 11]
+    slots.read(1, ids[:18])
+    expected = slots.read(1, ids[18:])
+    torch.testing.assert_close(slots.read(0, ids[18:]), expected)
+    torch.testing.assert_close(slots.read(2, ids[11:]), expected, **CLOSE)
+
+
+def test_heads_that_see_near_only_read_near_only():
+    # steep slopes and small scores: every head needs fewer than 120 of 1,100 keys
+    torch.manual_seed(0)
+    config = MPTConfig(d_model=60, n_heads=6, n_layers=2, max_seq_len=64, vocab_size=V)
+    near = MPT(config.replace(alibi_bias_max=1.0)).eval()
+    for block in near.transformer.blocks:
+        block.attn.Wqkv.weight.data[:120] /= 2
+    ids = some_ids(1, 1030)[0].tolist()
+    slots = Slots(near, 1, 1030)
+    assert all(window < 120 for layer in slots._windows() for window in layer)
+    slots.read(0, ids[:-1])
+    slots.keys[:, :, :, :900] = 1e3  # what lies beyond is not looked at
+    logits = slots.decode([0], ids[-1:])[0]
+    with torch.no_grad():
+        expected = near(torch.tensor([ids]))[0, -1]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+def test_the_cache_has_the_size_that_its_shape_says():
+    layers, slots, tokens = 3, 4, 50
+    each = 2 * layers * slots * tokens * 66
+    assert Slots(model(), slots, tokens).bytes == 4 * each
+    assert Slots(model(), slots, tokens, "bfloat16").bytes == 2 * each
+    scales = 2 * layers * slots * tokens * 6 * 4
+    assert Slots(model(), slots, tokens, "int8").bytes == each + scales
+
+
+def test_a_bfloat16_model_has_a_bfloat16_cache(form):
+    half = MPT(model().config).bfloat16()
+    slots = Slots(half, 1, 9)
+    assert slots.keys.dtype == torch.bfloat16
+    ids = some_ids(1, 9)
+    slots.read(0, ids[0, :8].tolist())
+    with torch.no_grad():
+        expected = half(ids)[0, -1].float()
+    logits = slots.decode([0], [int(ids[0, 8])])[0]
+    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    slots = Slots(model(), 2, 8)
+    slots.read(0, [1, 2, 3, 4, 5])
+    with pytest.raises(ValueError, match="5 tokens and 4 more, but a slot holds 8"):
+        slots.read(0, [1, 2, 3, 4])
+    slots.read(1, list(range(8)))
+    with pytest.raises(ValueError, match="8 tokens and 1 more"):
+        slots.decode([0, 1], [1, 2])
+    with pytest.raises(ValueError, match="no tokens to read"):
+        slots.read(0, [])
+    assert slots.lengths == [5, 8]
+    with pytest.raises(ValueError, match="0 slots of 8 tokens"):
+        Slots(model(), 0, 8)
