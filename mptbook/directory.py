@@ -29,8 +29,8 @@ from mptbook.weights import read_json, read_weights, write_json, write_weights
 
 # What a model directory may hold and still be replaced by `save_model`.
 OURS = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|(config|generation_config|tokenizer"
-    r"|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
+    r"(model|packed)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|chat_template\.jinja"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map)\.json"
 )
 
 ABOUT = "*.json", "*.jinja"  # what a directory has beside its weights
@@ -144,6 +144,11 @@ def read_config(folder: Path) -> MPTConfig:
     """The shape that the `config.json` of a model directory describes."""
     file = folder / "config.json"
     released = read_json(file)
+    if "quantization_config" in released:
+        raise ValueError(
+            f"{folder} has weights packed in fewer bits, which generate, ask and serve read "
+            "(mptbook.infer.load); for anything else take the model that it was made of"
+        )
     try:
         return MPTConfig.from_hf(released)
     except (ValueError, TypeError) as error:

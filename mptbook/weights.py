@@ -6,7 +6,7 @@ pytorch_model.bin        likewise, in older releases
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -38,21 +38,14 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     tied = model.config.tie_word_embeddings
     both: dict[str, Tensor] = {}  # of a tied head: some files hold it twice
-    for file in _weight_files(folder):
-        for stored, tensor in _tensors(file):
-            name = stored.removeprefix("model.")  # Composer's
-            if tied and name in ("lm_head.weight", "transformer.wte.weight"):
-                both[name] = tensor
-            if not (tied and name == "lm_head.weight"):
-                _check(stored, tensor, wanted.pop(name, None), file)
-                yield name, tensor
-    if wanted:
-        name, shape = next(iter(wanted.items()))
-        more = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        raise ValueError(
-            f"{folder} lacks {name} of shape {shape}{more}; the files are incomplete, or "
-            "config.json describes another model"
-        )
+    for file, stored, tensor in read_tensors(folder):
+        name = stored.removeprefix("model.")  # Composer's
+        if tied and name in ("lm_head.weight", "transformer.wte.weight"):
+            both[name] = tensor
+        if not (tied and name == "lm_head.weight"):
+            check_shape(stored, tensor, wanted.pop(name, None), file)
+            yield name, tensor
+    check_complete(folder, wanted)
     head, embedding = both.get("lm_head.weight"), both.get("transformer.wte.weight")
     if head is not None and not torch.equal(head.to(embedding), embedding):
         raise ValueError(
@@ -120,8 +113,8 @@ def write_json(file: Path, values: dict) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for single in WEIGHTS:
+def _weight_files(folder: Path, wanted: Sequence[str]) -> list[Path]:
+    for single in wanted:
         if (folder / single).is_file():
             return [folder / single]
         index = folder / f"{single}.index.json"
@@ -136,7 +129,35 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} is a checkpoint of several processes; make a model directory of it: "
             f"mptbook consolidate {folder} --out DIR"
         )
-    raise FileNotFoundError(f"{folder} has a config.json but neither of {' and '.join(WEIGHTS)}")
+    raise FileNotFoundError(f"{folder} has a config.json but neither of {' and '.join(wanted)}")
+
+
+def read_tensors(
+    folder: Path, files: Sequence[str] = WEIGHTS
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """File, name and values of every tensor that a folder's weight files hold, as they lie there.
+
+    Args:
+        files: names of the file, or of the index of several; the first that is there is read.
+
+    Raises:
+        FileNotFoundError: if there are no weights, or a file of several is missing.
+        ValueError: if a file is damaged.
+    """
+    for file in _weight_files(folder, files):
+        for name, tensor in _tensors(file):
+            yield file, name, tensor
+
+
+def check_complete(folder: Path, lacking: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise a ValueError if weights of a model, by name and shape, were not in its files."""
+    if lacking:
+        name, shape = next(iter(lacking.items()))
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(
+            f"{folder} lacks {name} of shape {shape}{more}; the files are incomplete, or "
+            "config.json describes another model"
+        )
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -161,7 +182,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     yield from weights.items()
 
 
-def _check(name: str, tensor: Tensor, wanted: tuple[int, ...] | None, file: Path) -> None:
+def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...] | None, file: Path) -> None:
+    """Raise a ValueError if a tensor of a file is not the one wanted; None: none of its name is."""
     shape = tuple(tensor.shape)
     if wanted is None:
         raise ValueError(

@@ -27,6 +27,7 @@ PARALLEL = COMPILED | {"parallel": True}
 
 GROUP = 64  # inputs that share a scale where weights have 4 bits
 HALF = GROUP // 2
+BLOCK = 32  # outputs that a thread has in one go
 
 
 class Linear(NamedTuple):
@@ -77,70 +78,130 @@ def multiply(linear, x, y):
 
 @overload(multiply, jit_options=COMPILED)
 def _multiply(linear, x, y):
-    if linear.types[0].dtype == types.uint8:
-        return lambda linear, x, y: multiply_nibbles(linear, x, y)
-    return lambda linear, x, y: multiply_numbers(linear, x, y)
+    one = multiply_nibbles if linear.types[0].dtype == types.uint8 else multiply_numbers
+
+    def choose(linear, x, y):
+        if len(x) == 1:
+            one(linear, x[0], y[0])
+        else:
+            multiply_rows(linear, x, y)
+
+    return choose
 
 
 @njit(**PARALLEL)
 def multiply_numbers(linear, x, y):
-    """`multiply` for weights of 8 bits or more."""
+    """`multiply` of one row, for weights of 8 bits or more.
+
+    Each thread reads four places of the matrix at a time: memory serves several streams faster
+    than one (measured: 28 against 17 GB/s).
+    """
     weight, scale, bias = linear
-    n_rows, width = x.shape
-    for i in prange(weight.shape[0]):
-        factor = scale[i] if scale.size else float32(1)
-        shift = bias[i] if bias.size else float32(0)
-        row = weight[i]
-        done = n_rows - n_rows % 4
-        for r in range(0, done, 4):  # a weight is widened once for four rows
-            x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-            a = b = c = d = float32(0)
-            for j in range(width):
-                w = widen(row[j])
-                a += w * x0[j]
-                b += w * x1[j]
-                c += w * x2[j]
-                d += w * x3[j]
-            y[r, i] = a * factor + shift
-            y[r + 1, i] = b * factor + shift
-            y[r + 2, i] = c * factor + shift
-            y[r + 3, i] = d * factor + shift
-        for r in range(done, n_rows):
-            only = x[r]
-            a = float32(0)
-            for j in range(width):
-                a += widen(row[j]) * only[j]
-            y[r, i] = a * factor + shift
+    quarter, width = len(weight) // 4, len(x)
+    for i in prange(quarter):
+        w0, w1 = weight[i], weight[i + quarter]
+        w2, w3 = weight[i + 2 * quarter], weight[i + 3 * quarter]
+        a = b = c = d = float32(0)
+        for j in range(width):
+            number = x[j]
+            a += widen(w0[j]) * number
+            b += widen(w1[j]) * number
+            c += widen(w2[j]) * number
+            d += widen(w3[j]) * number
+        y[i], y[i + quarter], y[i + 2 * quarter], y[i + 3 * quarter] = a, b, c, d
+    for i in range(4 * quarter, len(weight)):
+        last, a = weight[i], float32(0)
+        for j in range(width):
+            a += widen(last[j]) * x[j]
+        y[i] = a
+    if scale.size:
+        y *= scale
+    if bias.size:
+        y += bias
 
 
 @njit(**PARALLEL)
 def multiply_nibbles(linear, x, y):
-    """`multiply` for weights of 4 bits.
+    """`multiply` of one row, for weights of 4 bits.
 
     Products of 16-bit whole numbers are added in 32 bits, two to an instruction where there is
     one. So each group of inputs is written as whole numbers up to 32,767 times a scale, which
     changes it by 2 ** -16 of its largest: far less than 4 bits do to the weights.
     """
     weight, scale, bias = linear
-    n_rows, n_groups = x.shape[0], weight.shape[1]
-    whole = np.empty((n_rows, n_groups, 2, HALF), np.int16)
-    unit = np.empty((n_rows, n_groups), np.float32)
-    offset = np.empty((n_rows, n_groups), np.int32)
-    for r in range(n_rows):
-        to_whole_numbers(x[r], whole[r], unit[r], offset[r])
-    for i in prange(weight.shape[0]):
-        shift = bias[i] if bias.size else float32(0)
-        for r in range(n_rows):
-            total = shift
-            for g in range(n_groups):
-                w, low, high = weight[i, g], whole[r, g, 0], whole[r, g, 1]
-                a = int32(0)
-                for j in range(HALF):
-                    b = int16(w[j])
-                    a = int32(a + int32(int32(int16(b & int16(15))) * int32(low[j])))
-                    a = int32(a + int32(int32(int16(b >> int16(4))) * int32(high[j])))
-                total += float32(int32(a - offset[r, g])) * scale[i, g] * unit[r, g]
-            y[r, i] = total
+    n_groups = weight.shape[1]
+    whole = np.empty((n_groups, 2, HALF), np.int16)
+    unit = np.empty(n_groups, np.float32)
+    offset = np.empty(n_groups, np.int32)
+    to_whole_numbers(x, whole, unit, offset)
+    for i in prange(len(weight)):
+        total = bias[i] if bias.size else float32(0)
+        for g in range(n_groups):
+            w, low, high = weight[i, g], whole[g, 0], whole[g, 1]
+            a = int32(0)
+            for j in range(HALF):
+                b = int16(w[j])
+                a = int32(a + int32(int32(int16(b & int16(15))) * int32(low[j])))
+                a = int32(a + int32(int32(int16(b >> int16(4))) * int32(high[j])))
+            total += float32(int32(a - offset[g])) * scale[i, g] * unit[g]
+        y[i] = total
+
+
+@njit(**PARALLEL)
+def multiply_rows(linear, x, y):
+    """`multiply` of several rows: a weight is widened once for all of them."""
+    weight, _, bias = linear
+    n_rows, width = x.shape
+    n_blocks = (len(weight) + BLOCK - 1) // BLOCK
+    done = n_rows - n_rows % 4
+    for block in prange(n_blocks):
+        wide = np.empty(width, np.float32)
+        for i in range(block * BLOCK, min(len(weight), (block + 1) * BLOCK)):
+            widen_row(linear, i, wide)
+            shift = bias[i] if bias.size else float32(0)
+            for r in range(0, done, 4):  # four sums for each number that is loaded
+                x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
+                a = b = c = d = float32(0)
+                for j in range(width):
+                    w = wide[j]
+                    a += w * x0[j]
+                    b += w * x1[j]
+                    c += w * x2[j]
+                    d += w * x3[j]
+                y[r, i], y[r + 1, i] = a + shift, b + shift
+                y[r + 2, i], y[r + 3, i] = c + shift, d + shift
+            for r in range(done, n_rows):
+                only, a = x[r], float32(0)
+                for j in range(width):
+                    a += wide[j] * only[j]
+                y[r, i] = a + shift
+
+
+def widen_row(linear, i, wide):
+    """Row i of a weight as (D,) float32, its scale included, into `wide`."""
+    raise AssertionError("compiled code only")
+
+
+@overload(widen_row, jit_options=COMPILED)
+def _widen_row(linear, i, wide):
+    return _widen_nibbles if linear.types[0].dtype == types.uint8 else _widen_numbers
+
+
+def _widen_numbers(linear, i, wide):
+    row = linear.weight[i]
+    factor = linear.scale[i] if linear.scale.size else float32(1)
+    for j in range(len(wide)):
+        wide[j] = widen(row[j]) * factor
+
+
+def _widen_nibbles(linear, i, wide):
+    for g in range(linear.weight.shape[1]):
+        bytes_, factor = linear.weight[i, g], linear.scale[i, g]
+        low, high = wide[g * GROUP : g * GROUP + HALF], wide[g * GROUP + HALF : (g + 1) * GROUP]
+        for j in range(HALF):
+            b = int32(bytes_[j])
+            low[j] = float32(int32((b & int32(15)) - int32(8))) * factor
+            high[j] = float32(int32((b >> int32(4)) - int32(8))) * factor
 
 
 @njit(**COMPILED)

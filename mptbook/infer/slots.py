@@ -19,7 +19,7 @@ from mptbook.infer.cache import windows_of
 from mptbook.model.mpt import MPT
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
-CHUNK = 512  # tokens read at once, so that what attention needs besides does not grow
+CHUNK = 2048  # tokens read at once, so that what a layer needs besides does not grow
 FAR = 1024  # tokens from which finding out what a head can leave out is worth it
 
 
@@ -163,6 +163,12 @@ class Slots:
             raise ValueError(
                 f"{self.lengths[slot]} tokens and {new} more, but a slot holds {self.n_tokens}; "
                 "shorten the text or make larger slots"
+            )
+        config = self.model.config
+        if config.has_positions and self.lengths[slot] + new > config.max_seq_len:
+            raise ValueError(
+                f"{self.lengths[slot] + new} tokens, but learned positions end at "
+                f"max_seq_len={config.max_seq_len}; shorten the text, or use ALiBi"
             )
 
     def _write(self, layer: int, slot: int, start: int, k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,149 @@
+import functools
+import json
+import resource
+import sys
+from multiprocessing import get_context
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mptbook import load_model, save_model
+from mptbook.bench.measure import process_bytes
+from mptbook.infer import load as load_module
+from mptbook.infer import quantize as quantize_module
+from mptbook.infer.load import load, save_packed, weight_bytes
+from mptbook.infer.quantize import PackedLinear, quantize
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.bpe import train_bpe
+from mptbook.tokenizer.chat import ChatTemplate
+
+CONFIG = MPTConfig(d_model=128, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300)
+IDS = torch.randint(0, 300, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def model():
+    torch.manual_seed(5)
+    return MPT(CONFIG).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = train_bpe(["the cat sat on the mat\n"] * 5, 290)
+    save_model(model(), tmp_path / "m", tokenizer, template=ChatTemplate.load("chatml"))
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_directory_of_packed_weights_is_the_model_packed(folder, tmp_path, bits):
+    save_packed(folder, tmp_path / "q", bits)
+    torch_packed = quantize(load_model(folder), bits)
+    assert torch.equal(logits(load(tmp_path / "q")), logits(torch_packed))
+    assert torch.equal(logits(load(folder, bits)), logits(torch_packed))
+    names = {file.name.replace("packed", "model") for file in (tmp_path / "q").iterdir()}
+    assert names == {file.name for file in folder.iterdir()}  # tokenizer and template, too
+
+
+def test_many_files_are_one_model(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_module, "SHARD_BYTES", 50_000)
+    save_packed(folder, tmp_path / "q", 8)
+    index = json.loads((tmp_path / "q" / "packed.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    found = load(tmp_path / "q")
+    assert index["metadata"]["total_size"] == weight_bytes(found)
+    assert torch.equal(logits(found), logits(quantize(load_model(folder), 8)))
+
+
+def test_float32_stays_as_it_is_and_bfloat16_is_widened_on_a_cpu(folder, tmp_path):
+    assert torch.equal(logits(load(folder)), logits(model()))
+    save_model(MPT(CONFIG).bfloat16(), tmp_path / "half")
+    half = load(tmp_path / "half")
+    assert isinstance(half.transformer.blocks[0].attn.Wqkv, PackedLinear)
+    rounded = load_model(tmp_path / "half").float()
+    torch.testing.assert_close(logits(half), logits(rounded), rtol=1e-5, atol=1e-5)
+
+
+def test_other_programs_refuse_packed_weights_instead_of_misreading_them(folder, tmp_path):
+    from transformers import MptForCausalLM
+
+    save_packed(folder, tmp_path / "q", 8)
+    with pytest.raises(
+        ValueError, match=r"packed in fewer bits.*take the model that it was made of"
+    ):
+        load_model(tmp_path / "q")
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        MptForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_mistakes_are_named_and_leave_nothing_behind(folder, tmp_path):
+    save_packed(folder, tmp_path / "q", 8)
+    with pytest.raises(ValueError, match="weights of 8 bits, and 4 are asked for"):
+        load(tmp_path / "q", 4)
+    with pytest.raises(ValueError, match="has packed weights already"):
+        save_packed(tmp_path / "q", tmp_path / "again", 4)
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][4, 4] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight: a weight is infinite"):
+        save_packed(folder, tmp_path / "inf", 8)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m", "q"]
+
+
+def test_a_damaged_tensor_is_named(folder, tmp_path):
+    save_packed(folder, tmp_path / "q", 8)
+    file = tmp_path / "q" / "packed.safetensors"
+    weights = load_file(file)
+    scale = weights.pop("transformer.blocks.1.attn.Wqkv.scale")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"lacks transformer\.blocks\.1\.attn\.Wqkv\.scale"):
+        load(tmp_path / "q")
+    save_file(weights | {"transformer.blocks.1.attn.Wqkv.scale": scale[1:]}, file)
+    with pytest.raises(ValueError, match=r"Wqkv\.scale has the shape \(383,\)"):
+        load(tmp_path / "q")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"packed\.safetensors is damaged"):
+        load(tmp_path / "q")
+
+
+def load_with(bytes_, folder, bits, send):
+    """Load a model in a process that may take so many bytes more than it has, mapped files in."""
+    torch.set_num_threads(1)  # the stacks of others would count
+    quantize_module.PIECE = 2**18
+    load(folder.parent / "small", bits)  # what libraries take at the first call
+    limit = process_bytes("VmData") + bytes_
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        send.send(weight_bytes(load(folder, bits)))
+    except (MemoryError, RuntimeError) as error:
+        send.send(str(error))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and counts memory as Linux does")
+@pytest.mark.parametrize(("bits", "packed"), [(8, False), (8, True), (4, True)])
+def test_loading_takes_the_packed_model_and_a_piece(tmp_path, bits, packed):
+    wide, small = tmp_path / "wide", tmp_path / "small"
+    for folder, width, vocabulary in ((wide, 512, 20_000), (small, 64, 100)):
+        save_model(MPT(CONFIG.replace(d_model=width, vocab_size=vocabulary)), tmp_path / "whole")
+        if packed:
+            save_packed(tmp_path / "whole", folder, bits)
+        else:
+            (tmp_path / "whole").rename(folder)
+    size = weight_bytes(load(wide, bits))
+    mapped = sum(file.stat().st_size for file in wide.glob("*.safetensors"))
+    found = []
+    for room in (mapped + 1.5 * size, mapped + 0.8 * size):
+        receive, send = (context := get_context("spawn")).Pipe(duplex=False)
+        process = context.Process(target=load_with, args=(int(room), wide, bits, send))
+        process.start()
+        send.close()  # or a process that dies would be waited for
+        found.append(receive.recv())
+        process.join()
+    assert found[0] == size
+    assert "memory" in found[1]  # so it was the limit that held
