@@ -11,6 +11,8 @@ Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1
 import torch
 from torch import Tensor
 
+FEW = 1024
+
 
 def sample(
     logits: Tensor,
@@ -38,15 +40,29 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=1)
-    ordered, tokens = (logits.float() / temperature).sort(dim=1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=1)  # (B, V), falling
-    if top_k is not None:
-        probabilities[:, top_k:] = 0
+    probabilities = (logits.float() / temperature).softmax(dim=1)
+    if top_k is None and top_p is None:
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    ordered, tokens = _likeliest(probabilities, top_k, top_p)
     if top_p is not None:
-        before = probabilities.cumsum(dim=1) - probabilities
-        probabilities[before >= top_p] = 0  # the first token always stays: before it lies 0
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+        before = ordered.cumsum(dim=1) - ordered
+        ordered[before >= top_p] = 0  # the first token always stays: before it lies 0
+    choice = torch.multinomial(ordered, 1, generator=generator)
     return tokens.gather(1, choice)[:, 0]
+
+
+def _likeliest(
+    probabilities: Tensor, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, falling: k of them, or as many as reach p, and more."""
+    n = probabilities.shape[1]
+    if top_k is not None:
+        return probabilities.topk(min(top_k, n), dim=1)
+    # Sorting a vocabulary takes milliseconds, and few tokens are needed.
+    ordered, tokens = probabilities.topk(min(FEW, n), dim=1)
+    if bool((ordered.sum(dim=1) >= top_p).all()):
+        return ordered, tokens
+    return probabilities.sort(dim=1, descending=True)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -1,0 +1,324 @@
+"""Continuous batching: requests come and go while others are being written.
+
+The engine works in steps. A step admits requests to free slots, reads one chunk of one prompt,
+and writes one token for every request whose prompt is read: the weights are read once for all of
+them. A long prompt holds the others up by one chunk at a time, and who is finished makes room at
+once.
+
+Source: Yu et al., "Orca", OSDI 2022 (scheduling by iteration); Agrawal et al.,
+arXiv:2308.16369 (prompts in chunks between tokens).
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from mptbook.infer.request import Busy, Failed, Piece, Request, Stream, Token
+from mptbook.infer.sampling import sample
+from mptbook.infer.slots import Slots
+from mptbook.infer.text import TextStream
+from mptbook.tokenizer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request in a slot."""
+
+    stream: Stream
+    slot: int
+    read: int  # tokens of the prompt that are read
+    text: TextStream
+    generator: torch.Generator
+    born: float
+    written: int = 0
+    last: int = -1  # token that was chosen, and not read yet
+    predicted: Tensor | None = None  # with echo: logits after the tokens read so far
+    spoken: float = 0.0  # when
+
+
+@dataclass
+class Counts:
+    """What happened since the engine was made."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, that were in a slot already
+    finished: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+class Engine:
+    """Writes the answers to many requests side by side.
+
+    Args:
+        slots: the model and its cache: at most so many requests at once.
+        tokenizer: ids that it has are chosen; a padded vocabulary has more.
+        chunk_tokens: of a prompt, read in one step.
+        queue: requests that may wait for a slot.
+        observe: called with a name and seconds: time_to_first_token, inter_token_latency and
+            e2e_request_latency.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        tokenizer: Tokenizer,
+        *,
+        chunk_tokens: int = 256,
+        queue: int = 64,
+        observe: Callable[[str, float], None] = lambda name, seconds: None,
+    ) -> None:
+        self.slots, self.tokenizer = slots, tokenizer
+        self.chunk_tokens, self.queue, self.observe = chunk_tokens, queue, observe
+        self.counts = Counts()
+        self.waiting: deque[tuple[Stream, float]] = deque()
+        self.reading: deque[Running] = deque()
+        self.writing: list[Running] = []
+        self.kept: list[list[int]] = [[] for _ in range(slots.n_slots)]  # ids that a slot holds
+        self._used = [0] * slots.n_slots  # step of its last use
+        self._steps = 0
+        self._n_ids = len(tokenizer)
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> list[Running]:
+        """Requests that have a slot."""
+        return [*self.reading, *self.writing]
+
+    def submit(self, request: Request) -> Stream:
+        """Have a request answered; from any thread.
+
+        Raises:
+            ValueError: if it does not fit into a slot, or has an id that the tokenizer lacks.
+            Busy: if too many wait already, or the engine is stopping.
+        """
+        size = len(request.prompt) + request.max_new_tokens
+        if size > self.slots.n_tokens:
+            raise ValueError(
+                f"{len(request.prompt)} tokens and up to {request.max_new_tokens} more are {size}, "
+                f"but there is room for {self.slots.n_tokens}; shorten the prompt, or ask for fewer"
+            )
+        for token in request.prompt:
+            if not 0 <= token < self._n_ids:
+                raise ValueError(f"{token} is no token; the tokenizer has 0 to {self._n_ids - 1}")
+        stream = Stream(request)
+        with self._changed:
+            if self._stopping:
+                raise Busy("the server is stopping; ask another, or later")
+            if len(self.waiting) >= self.queue:
+                raise Busy(f"{len(self.waiting)} requests wait already; ask again later")
+            self.waiting.append((stream, time.perf_counter()))
+            self._changed.notify()
+        return stream
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Admit, read one chunk of one prompt, write one token for each; whether there was work."""
+        self._steps += 1
+        self._drop_cancelled()
+        self._admit()
+        if not self.reading and not self.writing:
+            return False
+        if self.reading:
+            self._read_chunk(self.reading.popleft())
+        if self.writing:
+            self._write_tokens(list(self.writing))
+        return True
+
+    def start(self) -> None:
+        """Step in a thread, until `stop`."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, seconds: float = 30.0) -> None:
+        """Take no more requests, finish those there are, cancel what is left after `seconds`."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is None:
+            return
+        self._thread.join(seconds)
+        for stream in [stream for stream, _ in self.waiting] + [one.stream for one in self.running]:
+            stream.cancel()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            if self.step():
+                continue
+            with self._changed:
+                if self._stopping and not self.waiting:
+                    return
+                if not self.waiting:
+                    self._changed.wait()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [one for one in self.waiting if one[0].cancelled]
+            self.waiting = deque(one for one in self.waiting if not one[0].cancelled)
+        for stream, _ in gone:
+            self._count("cancelled")
+            stream.put(Piece("", finish="cancelled"))
+        for one in self.running:
+            if one.stream.cancelled:
+                self._end(one, "cancelled")
+
+    def _admit(self) -> None:
+        taken = {one.slot for one in self.running}
+        free = [slot for slot in range(self.slots.n_slots) if slot not in taken]
+        while free:
+            with self._changed:
+                if not self.waiting:
+                    return
+                stream, born = self.waiting.popleft()
+            slot, read = self._place(stream.request, free)
+            free.remove(slot)
+            self.counts.prompt_tokens += len(stream.request.prompt)
+            self.counts.reused_tokens += read
+            stream.prompt_tokens_reused = read
+            generator = torch.Generator()
+            if stream.request.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(stream.request.seed)
+            text = TextStream(self.tokenizer, stream.request.stop)
+            self.reading.append(Running(stream, slot, read, text, generator, born))
+
+    def _place(self, request: Request, free: Sequence[int]) -> tuple[int, int]:
+        """A free slot, and how many tokens of the prompt it holds.
+
+        The last token is always read anew: its logits are wanted. With echo all are.
+        """
+        wanted = [] if request.echo else request.prompt[:-1]
+        common = [_common(wanted, kept) for kept in self.kept]
+        # Of equals the one that was used longest ago, so that others keep what they have.
+        slot = max(free, key=lambda slot: (common[slot], -self._used[slot]))
+        source = max([slot, *range(len(common))], key=lambda slot: common[slot])
+        if source != slot:  # the beginning of one that is being written
+            slot = min(free, key=lambda slot: self._used[slot])
+            self.slots.copy(source, slot, common[source])
+        read = common[source]
+        self.slots.crop(slot, read)
+        self.kept[slot] = list(request.prompt[:read])
+        return slot, read
+
+    def _read_chunk(self, one: Running) -> None:
+        request = one.stream.request
+        chunk = list(request.prompt[one.read : one.read + self.chunk_tokens])
+        try:
+            logits = self.slots.read(one.slot, chunk, every=request.echo)
+            if request.echo:
+                self._echo(one, chunk, logits)
+                logits = logits[-1]
+            one.read += len(chunk)
+            self.kept[one.slot] += chunk
+            if one.read < len(request.prompt):
+                self.reading.append(one)  # behind the others: they take turns
+                return
+            self.writing.append(one)
+            if request.max_new_tokens == 0:
+                self._end(one, "length")
+            else:
+                self._choose(one, logits)
+        except Exception as error:
+            self._fail([one], error)
+
+    def _write_tokens(self, rows: list[Running]) -> None:
+        try:
+            logits = self.slots.decode([one.slot for one in rows], [one.last for one in rows])
+        except Exception as error:
+            self._fail(rows, error)
+            return
+        for one, row in zip(rows, logits, strict=True):
+            self.kept[one.slot].append(one.last)
+            try:
+                self._choose(one, row)
+            except Exception as error:
+                self._fail([one], error)
+
+    def _choose(self, one: Running, logits: Tensor) -> None:
+        """Choose a token, say it, and end the request if it was the last."""
+        request, logits = one.stream.request, logits[: self._n_ids].float()
+        if not bool(logits.isfinite().all()):
+            raise Failed("the model gave logits that are not finite")
+        how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
+        one.last = int(sample(logits[None], **how, generator=one.generator))
+        one.written += 1
+        self.counts.generation_tokens += 1
+        now = time.perf_counter()
+        name = "inter_token_latency" if one.spoken else "time_to_first_token"
+        self.observe(name, now - (one.spoken or one.born))
+        one.spoken = now
+        token = _described(one.last, logits, request.logprobs)
+        ended = one.last in request.stop_ids
+        text = "" if ended else one.text.add(one.last)
+        if ended or one.text.stopped is not None:
+            self._end(one, "stop", text, token)
+        elif one.written == request.max_new_tokens:
+            self._end(one, "length", text, token)
+        else:
+            one.stream.put(Piece(text, (token,)))
+
+    def _echo(self, one: Running, chunk: Sequence[int], logits: Tensor) -> None:
+        """Say the tokens of a chunk of the prompt, each with what was predicted for it."""
+        n_top = one.stream.request.logprobs
+        said = [Token(chunk[0])] if one.predicted is None else []
+        if one.predicted is not None:
+            said.append(_described(chunk[0], one.predicted, n_top))
+        rows = logits[:-1, : self._n_ids]
+        said += [_described(token, row, n_top) for token, row in zip(chunk[1:], rows, strict=True)]
+        one.predicted = logits[-1, : self._n_ids]
+        one.stream.put(Piece("", tuple(said)))
+
+    def _end(self, one: Running, finish: str, text: str = "", *tokens: Token) -> None:
+        if one in self.writing:
+            self.writing.remove(one)
+        else:
+            self.reading.remove(one)
+        self._used[one.slot] = self._steps
+        if finish != "cancelled" and one.text.stopped is None:
+            text += one.text.finish()
+            finish = "stop" if one.text.stopped is not None else finish
+        self._count(finish)
+        self.observe("e2e_request_latency", time.perf_counter() - one.born)
+        one.stream.put(Piece(text, tokens, finish))
+
+    def _fail(self, rows: Sequence[Running], error: Exception) -> None:
+        """End requests with an error; what their slots hold is not to be trusted."""
+        log.error("%d requests failed", len(rows), exc_info=error)
+        for one in rows:
+            if one in self.writing:
+                self.writing.remove(one)
+            self.slots.crop(one.slot, 0)
+            self.kept[one.slot] = []
+            self._count("error")
+            one.stream.put(Failed(str(error) or type(error).__name__))
+
+    def _count(self, finish: str) -> None:
+        self.counts.finished[finish] = self.counts.finished.get(finish, 0) + 1
+
+
+def _common(wanted: Sequence[int], kept: Sequence[int]) -> int:
+    """How many first ids two texts share."""
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, kept, strict=False))
+    )
+
+
+def _described(token: int, logits: Tensor, n_top: int | None) -> Token:
+    if n_top is None:
+        return Token(token)
+    logprobs = logits.log_softmax(0)
+    values, ids = logprobs.topk(min(n_top, len(logprobs)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(token, float(logprobs[token]), top)

@@ -1,0 +1,106 @@
+"""What is asked of the engine, and the stream of what it answers."""
+
+import math
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from mptbook.infer.sampling import check_sampling
+
+MOST_LOGPROBS = 20
+
+
+class Busy(Exception):
+    """The queue is full; ask again later."""
+
+
+class Failed(Exception):
+    """A request that could not be finished, by no fault of its own."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to go on.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    prompt: tuple[int, ...]  # ids, at least one
+    max_new_tokens: int = 16  # 0 with echo: only score the prompt
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None  # the same seed gives the same text, whatever else runs beside it
+    stop: tuple[str, ...] = ()  # strings that end the text, and are no part of it
+    stop_ids: frozenset[int] = frozenset()  # tokens that do
+    logprobs: int | None = None  # log-probabilities, and those of so many likeliest tokens
+    echo: bool = False  # say the prompt's tokens, too, in pieces without text
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if self.max_new_tokens < (0 if self.echo else 1):
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature is {self.temperature}; it must be a number")
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs is {self.logprobs}; it may be 0 to {MOST_LOGPROBS}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token, and where they were asked for its log-probability and the likeliest ones.
+
+    Log-probabilities are the model's own, in nats, before temperature and cuts; None for the
+    first token of a text, which nothing predicts.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # id and log-probability, the likeliest first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream yields: text that is certain now, and the tokens chosen since the last."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: str | None = None  # of the last piece: stop, length or cancelled
+
+
+@dataclass(eq=False)
+class Stream:
+    """The answer to a request, as it is written.
+
+    Iterate over it for its `Piece`s; that waits for each. A failed request raises `Failed`.
+    """
+
+    request: Request
+    cancelled: bool = False
+    prompt_tokens_reused: int = 0  # that another request had read before
+    _pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    _listener: Callable[[Piece | Failed], None] | None = None
+
+    def cancel(self) -> None:
+        """Nobody wants the rest; its slot is free before the next step."""
+        self.cancelled = True
+
+    def listen(self, listener: Callable[[Piece | Failed], None]) -> None:
+        """Have every piece given to a function, by the thread of the engine; before it starts."""
+        self._listener = listener
+
+    def put(self, piece: Piece | Failed) -> None:
+        """What the engine calls."""
+        (self._listener or self._pieces.put)(piece)
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            piece = self._pieces.get()
+            if isinstance(piece, Failed):
+                raise piece
+            yield piece
+            if piece.finish is not None:
+                return

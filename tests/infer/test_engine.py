@@ -1,0 +1,337 @@
+import functools
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mptbook.infer.engine import Engine
+from mptbook.infer.request import Busy, Failed, Request
+from mptbook.infer.slots import Slots
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.bpe import train_bpe
+
+TOKENIZER = train_bpe(["the cat sat on the mat — olé\n"] * 5, 290)
+N = len(TOKENIZER)
+
+
+@functools.cache
+def model():
+    torch.manual_seed(2)
+    # more ids than the tokenizer has, as in a padded vocabulary
+    config = MPTConfig(d_model=36, n_heads=3, n_layers=2, max_seq_len=64, vocab_size=300)
+    return MPT(config).eval()
+
+
+def engine(n_slots=3, n_tokens=60, **how):
+    return Engine(Slots(model(), n_slots, n_tokens), TOKENIZER, **how)
+
+
+def run(engine):
+    while engine.step():
+        pass
+
+
+def finished(stream):
+    """Text, ids and the reason of a stream that has ended."""
+    pieces = list(stream)
+    ids = [token.id for piece in pieces for token in piece.tokens]
+    return "".join(piece.text for piece in pieces), ids, pieces[-1].finish
+
+
+@functools.cache
+def alone(prompt, n):
+    """Greedy tokens, everything read anew for each."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            ids.append(int(model()(torch.tensor([ids]))[0, -1, :N].argmax()))
+    return ids[len(prompt) :]
+
+
+def some_prompt(chance, longest=25):
+    start = [5, 9, 30, 31, 7, 8][: chance.randrange(7)]  # many begin alike
+    return (*start, *(chance.randrange(N) for _ in range(chance.randint(1, longest))))
+
+
+@given(
+    seed=st.integers(0, 999),
+    chunk=st.integers(1, 9),
+    n_slots=st.integers(1, 4),
+    patience=st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_what_is_written_does_not_depend_on_what_runs_beside_it(seed, chunk, n_slots, patience):
+    chance = random.Random(seed)
+    requests = [Request(some_prompt(chance), chance.randint(1, 12)) for _ in range(9)]
+    ours, streams = engine(n_slots, chunk_tokens=chunk), []
+    for request in requests:
+        streams.append(ours.submit(request))
+        for _ in range(chance.randint(0, patience)):
+            ours.step()
+    run(ours)
+    for request, stream in zip(requests, streams, strict=True):
+        text, ids, finish = finished(stream)
+        assert ids == alone(request.prompt, request.max_new_tokens)
+        assert text == TOKENIZER.decode(ids)
+        assert finish == "length"
+    assert ours.counts.generation_tokens == sum(r.max_new_tokens for r in requests)
+    assert ours.counts.finished == {"length": 9}
+
+
+def test_a_step_reads_one_chunk_and_writes_one_token_for_each():
+    ours = engine(3, chunk_tokens=4)
+    short = ours.submit(Request((1, 2), 9))
+    ours.step()
+    long = ours.submit(Request(tuple(range(20)), 2))
+    written = []
+    for _ in range(5):  # the long prompt takes five chunks
+        ours.step()
+        written.append(ours.writing[0].written)
+    assert written == [3, 4, 5, 6, 7]  # and holds nobody up
+    run(ours)
+    assert finished(short)[1] == alone((1, 2), 9)
+    assert finished(long)[1] == alone(tuple(range(20)), 2)
+
+
+def test_prompts_take_turns():
+    ours = engine(2, chunk_tokens=2)
+    for first in (1, 2):
+        ours.submit(Request((first, *range(3, 9)), 1))
+    order = []
+    for _ in range(4):
+        order.append(ours.reading[0].stream.request.prompt[0] if ours.reading else 1)
+        ours.step()
+    assert order == [1, 2, 1, 2]
+
+
+def test_first_come_first_served():
+    ours = engine(1)
+    streams = [ours.submit(Request((n,), 2)) for n in (4, 5, 6)]
+    order = []
+    while ours.step():
+        order += [s for s in streams if s not in order and not s._pieces.empty()]
+    assert order == streams
+
+
+def test_a_beginning_that_a_slot_holds_is_not_read_again(monkeypatch):
+    read = []
+    plain = Slots.read
+    monkeypatch.setattr(
+        Slots,
+        "read",
+        lambda s, slot, ids, every=False: read.append(len(ids)) or plain(s, slot, ids, every),
+    )
+    start = tuple(range(10, 30))
+    ours = engine(2)
+    first = ours.submit(Request((*start, 1), 3))
+    run(ours)
+    second = ours.submit(Request((*start, 2), 3))  # of one that has ended
+    ours.step()
+    third = ours.submit(Request((*start, 2, 5), 3))  # of one that is being written: copied
+    run(ours)
+    assert read == [21, 1, 1]
+    assert (second.prompt_tokens_reused, third.prompt_tokens_reused) == (20, 21)
+    assert ours.counts.reused_tokens == 41
+    for stream, end in ((first, (1,)), (second, (2,)), (third, (2, 5))):
+        assert finished(stream)[1] == alone((*start, *end), 3)
+
+
+def test_an_answer_goes_on_where_the_last_one_ended():
+    ours = engine(2)
+    first = ours.submit(Request((3, 4, 5), 6))
+    run(ours)
+    ids = finished(first)[1]
+    second = ours.submit(Request((3, 4, 5, *ids, 8), 2))
+    run(ours)
+    assert second.prompt_tokens_reused == 3 + 5  # the last token was written, but not read
+
+
+def test_a_seed_gives_the_same_text_whatever_runs_beside_it():
+    request = Request((4, 5, 6), 15, temperature=1.0, top_p=0.9, seed=11)
+    ours = engine(3)
+    expected = ours.submit(request)
+    run(ours)
+    crowd = engine(3, chunk_tokens=2)
+    others = [Request((n,), 9, temperature=1.0, seed=n) for n in range(5)]
+    crowd.submit(others[0])
+    crowd.step()
+    found = crowd.submit(request)
+    for other in others[1:]:
+        crowd.submit(other)
+    run(crowd)
+    other_seed = ours.submit(Request((4, 5, 6), 15, temperature=1.0, top_p=0.9, seed=12))
+    run(ours)
+    expected = finished(expected)[1]
+    assert finished(found)[1] == expected
+    assert finished(other_seed)[1] != expected
+
+
+def test_stops():
+    expected = alone((4, 5, 6), 12)
+    text = TOKENIZER.decode(expected)
+    ours = engine(3)
+    by_string = ours.submit(Request((4, 5, 6), 12, stop=(text[5:8],)))
+    by_token = ours.submit(Request((4, 5, 6), 12, stop_ids=frozenset({expected[3]})))
+    run(ours)
+    cut, ids, finish = finished(by_string)
+    assert (cut, finish) == (text[: text.index(text[5:8])], "stop")
+    assert len(ids) < 12
+    end = expected.index(expected[3])
+    assert finished(by_token) == (TOKENIZER.decode(expected[:end]), expected[: end + 1], "stop")
+
+
+@pytest.mark.parametrize("chunk", [3, 50])
+def test_log_probabilities_of_prompt_and_answer_are_those_of_the_model(chunk):
+    prompt = (4, 5, 6, 7, 8, 9, 10)
+    ours = engine(1, chunk_tokens=chunk)
+    ours.submit(Request(prompt[:5], 3))  # what is held must not keep the prompt from being scored
+    run(ours)
+    stream = ours.submit(Request(prompt, 4, temperature=1.7, seed=3, logprobs=2, echo=True))
+    run(ours)
+    tokens = [token for piece in stream for token in piece.tokens]
+    ids = [token.id for token in tokens]
+    assert ids[:7] == list(prompt)
+    with torch.no_grad():
+        expected = model()(torch.tensor([ids]))[0, :, :N].log_softmax(1)
+    assert tokens[0].logprob is None
+    for at, token in enumerate(tokens[1:]):
+        assert token.logprob == pytest.approx(float(expected[at, token.id]), abs=1e-4)
+        values, best = expected[at].topk(2)
+        assert [i for i, _ in token.top] == best.tolist()
+        assert [v for _, v in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_a_prompt_can_be_scored_without_writing():
+    ours = engine(1)
+    stream = ours.submit(Request((4, 5, 6), 0, logprobs=1, echo=True))
+    run(ours)
+    pieces = list(stream)
+    assert sum(len(piece.tokens) for piece in pieces) == 3
+    assert pieces[-1].finish == "length"
+    assert ours.counts.generation_tokens == 0
+
+
+def test_who_goes_away_makes_room():
+    ours = engine(1)
+    first, second = (ours.submit(Request((n,), 30)) for n in (4, 5))
+    waiting = ours.submit(Request((6,), 30))
+    ours.step()
+    first.cancel()
+    waiting.cancel()
+    ours.step()
+    assert [one.stream for one in ours.running] == [second]
+    run(ours)
+    assert finished(first)[2] == finished(waiting)[2] == "cancelled"
+    assert finished(second)[1] == alone((5,), 30)
+
+
+def test_what_cannot_be_served_is_refused_at_once():
+    ours = engine(1, n_tokens=10, queue=2)
+    with pytest.raises(
+        ValueError, match="7 tokens and up to 4 more are 11, but there is room for 10"
+    ):
+        ours.submit(Request(tuple(range(7)), 4))
+    with pytest.raises(ValueError, match=f"{N} is no token; the tokenizer has 0 to {N - 1}"):
+        ours.submit(Request((1, N), 4))
+    ours.submit(Request((1,), 4))
+    ours.submit(Request((1,), 4))
+    with pytest.raises(Busy, match="2 requests wait already"):
+        ours.submit(Request((1,), 4))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": ()}, "no tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": -1, "echo": True}, "max_new_tokens is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"logprobs": 21}, "logprobs is 21"),
+    ],
+)
+def test_values_out_of_range_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt": (1,)} | values)
+
+
+def test_a_fault_ends_the_requests_it_hit_and_no_others(monkeypatch):
+    ours = engine(3)
+    plain, at = Slots.read, {"fails": True}
+
+    def read(slots, slot, ids, every=False):
+        if 13 in ids and at["fails"]:
+            slots.lengths[slot] += 1  # half done
+            raise RuntimeError("cosmic ray")
+        return plain(slots, slot, ids, every)
+
+    monkeypatch.setattr(Slots, "read", read)
+    good, bad = ours.submit(Request((4, 5), 9)), ours.submit(Request((4, 13, 5), 9))
+    run(ours)
+    with pytest.raises(Failed, match="cosmic ray"):
+        list(bad)
+    assert finished(good)[1] == alone((4, 5), 9)
+    at["fails"] = False
+    again = ours.submit(Request((4, 13, 5), 9))
+    run(ours)
+    assert finished(again)[1] == alone((4, 13, 5), 9)
+    assert ours.counts.finished == {"length": 2, "error": 1}
+
+
+def test_a_fault_while_writing_ends_all_that_were_written_and_the_engine_goes_on(monkeypatch):
+    ours = engine(3)
+    streams = [ours.submit(Request((n,), 5)) for n in (4, 5)]
+    ours.step()
+    ours.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        run(ours)
+    for stream in streams:
+        with pytest.raises(Failed, match="no memory"):
+            list(stream)
+    after = ours.submit(Request((6,), 5))
+    run(ours)
+    assert finished(after)[1] == alone((6,), 5)
+
+
+def test_a_thread_answers_many_and_leaves_nothing_behind():
+    chance = random.Random(0)
+    ours = engine(3, queue=400, chunk_tokens=5)
+    ours.start()
+    requests = [Request(some_prompt(chance), chance.randint(1, 9)) for _ in range(150)]
+    streams = [ours.submit(request) for request in requests]
+    gone = set(chance.sample(range(150), 40))
+    for number in gone:
+        streams[number].cancel()
+    ours.stop(60)
+    ends = {}
+    for number, (request, stream) in enumerate(zip(requests, streams, strict=True)):
+        _, ids, finish = finished(stream)
+        ends[finish] = ends.get(finish, 0) + 1
+        if finish != "cancelled":
+            assert ids == alone(request.prompt, request.max_new_tokens)
+        else:
+            assert number in gone
+    assert ends["length"] >= 110
+    assert ours.counts.finished == ends
+    assert ours.running == []
+    assert all(
+        len(kept) == length for kept, length in zip(ours.kept, ours.slots.lengths, strict=True)
+    )
+    with pytest.raises(Busy, match="stopping"):
+        ours.submit(requests[0])
+
+
+def test_stopping_cancels_what_would_take_too_long(monkeypatch):
+    plain = Slots.decode
+    monkeypatch.setattr(Slots, "decode", lambda *given: time.sleep(0.05) or plain(*given))
+    ours = engine(1)
+    running, waiting = (ours.submit(Request((4,), 50)) for _ in range(2))
+    ours.start()
+    ours.stop(0.2)
+    assert finished(running)[2] == finished(waiting)[2] == "cancelled"
