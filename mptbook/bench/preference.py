@@ -23,7 +23,8 @@ from mptbook.data.preferences import default_pairs, longer_chosen, rated_convers
 from mptbook.directory import find_directory, load_model, save_model
 from mptbook.finetune.dpo import EncodedPair, answer_log_probs, encode_pairs, pair_log_probs
 from mptbook.finetune.preference import Liking, Preference, prefer
-from mptbook.infer.generate import next_tokens
+from mptbook.infer.generate import complete
+from mptbook.infer.request import Request
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.chat import ChatTemplate, encode_prompt, stop_ids
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -87,27 +88,13 @@ def likelihood_steps(
 
 def written(model: MPT, asked: Asked, seed: int = 0) -> list[list[int]]:
     """The ids that a model writes after each prompt at temperature 1, its end included."""
-    stream = next_tokens(
-        model,
-        asked.prompts,
-        MOST_TOKENS,
-        len(asked.tokenizer),
-        seed,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-    )
-    rows = torch.stack(list(stream), dim=1).tolist()
-    ends = set(stop_ids(asked.template, asked.tokenizer))
-    return [_to_its_end(row, asked, ends) for row in rows]
-
-
-def _to_its_end(row: list[int], asked: Asked, ends: set[int]) -> list[int]:
-    for n in range(1, len(row) + 1):
-        mark = asked.template.stop and asked.template.stop in asked.tokenizer.decode(row[:n])
-        if row[n - 1] in ends or mark:
-            return row[:n]
-    return row
+    ends = frozenset(stop_ids(asked.template, asked.tokenizer))
+    stop = (asked.template.stop,) if asked.template.stop else ()
+    requests = [
+        Request(tuple(prompt), MOST_TOKENS, 1.0, seed=seed + row, stop=stop, stop_ids=ends)
+        for row, prompt in enumerate(asked.prompts)
+    ]
+    return [list(one.ids) for one in complete(model, asked.tokenizer, requests)]
 
 
 def measure(model: MPT, asked: Asked) -> dict:

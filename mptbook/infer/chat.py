@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from pydantic_settings import CliPositionalArg
 
-from mptbook.directory import find_directory, load_model
-from mptbook.infer.generate import next_tokens
+from mptbook.directory import find_directory
+from mptbook.infer.generate import complete
+from mptbook.infer.load import load
+from mptbook.infer.quantize import Bits
+from mptbook.infer.request import Request
 from mptbook.infer.sampling import check_sampling
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
@@ -46,24 +49,17 @@ def answer(
     Raises:
         ValueError: if the template refuses a conversation; or as `mptbook.infer.generate`.
     """
-    prompts = [encode_prompt(template, tokenizer, messages) for messages in conversations]
-    ends = set(stop_ids(template, tokenizer))
-    written: list[list[int]] = [[] for _ in prompts]
-    found: list[Answer | None] = [None] * len(prompts)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for tokens in next_tokens(model, prompts, max_new_tokens, len(tokenizer), seed, **sampling):
-        for row, token in enumerate(tokens.tolist()):
-            if found[row] is None:
-                written[row] += [] if token in ends else [token]
-                text = tokenizer.decode(written[row])
-                before, mark, _ = text.partition(template.stop) if template.stop else (text, "", "")
-                if token in ends or mark:
-                    found[row] = Answer(before, True)
-        if None not in found:
-            break
-    return [
-        one or Answer(tokenizer.decode(ids), False) for one, ids in zip(found, written, strict=True)
-    ]
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ends = frozenset(stop_ids(template, tokenizer))
+    stop = (template.stop,) if template.stop else ()
+    requests = []
+    for row, messages in enumerate(conversations):
+        prompt = tuple(encode_prompt(template, tokenizer, messages))
+        requests.append(
+            Request(prompt, max_new_tokens, seed=seed + row, stop=stop, stop_ids=ends, **how)
+        )
+    found = complete(model, tokenizer, requests)
+    return [Answer(one.text, one.finish == "stop") for one in found]
 
 
 class Ask(RunSettings):
@@ -82,6 +78,7 @@ class Ask(RunSettings):
     top_k: PositiveInt | None = Field(None, description="choose among the k most likely")
     top_p: float | None = Field(None, description="choose among the likeliest that reach p")
     seed: int = Field(0, description="the same seed gives the same answer")
+    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
 
     def run(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -91,7 +88,7 @@ class Ask(RunSettings):
         messages = [{"role": role, "content": text} for role, text in turns]
         sampling = self.model_dump(include={"max_new_tokens", "temperature", "top_k", "top_p"})
         (found,) = answer(
-            load_model(folder),
+            load(folder, self.bits),
             Tokenizer.load(folder),
             template,
             [messages],

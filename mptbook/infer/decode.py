@@ -26,6 +26,7 @@ from numba.extending import overload
 from torch import Tensor, nn
 
 from mptbook.infer.kernels import COMPILED, PARALLEL, Linear, Norm, gelu, multiply, normalise, widen
+from mptbook.infer.quantize import PackedEmbedding, PackedLinear
 from mptbook.model.mpt import MPT
 from mptbook.model.norms import Norm as NormModule
 
@@ -59,6 +60,22 @@ class Shape(NamedTuple):
     rms: bool
     clip: float  # infinity where there is none
     scale: float
+
+
+LAYERS = nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model computes what its weights say and nothing besides.
+
+    Adapters, shards of several processes and methods that were replaced do more than loops over
+    weights would know.
+    """
+    if type(model) is not MPT or model.device.type != "cpu":
+        return False
+    attn_and_ffn = [part for block in model.transformer.blocks for part in (block.attn, block.ffn)]
+    layers = [layer for part in attn_and_ffn for layer in part.children()]
+    return all(type(layer) in (*LAYERS, NormModule) for layer in layers)
 
 
 class Decoder:

@@ -14,13 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from mptbook.infer.request import Busy, Failed, Piece, Request, Stream, Token
+from mptbook.infer.request import Busy, Counts, Failed, Piece, Request, Stream, Token
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -43,16 +43,6 @@ class Running:
     last: int = -1  # token that was chosen, and not read yet
     predicted: Tensor | None = None  # with echo: logits after the tokens read so far
     spoken: float = 0.0  # when
-
-
-@dataclass
-class Counts:
-    """What happened since the engine was made."""
-
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    reused_tokens: int = 0  # of prompts, that were in a slot already
-    finished: dict[str, int] = field(default_factory=dict)  # by reason
 
 
 class Engine:
@@ -259,7 +249,7 @@ class Engine:
         name = "inter_token_latency" if one.spoken else "time_to_first_token"
         self.observe(name, now - (one.spoken or one.born))
         one.spoken = now
-        token = _described(one.last, logits, request.logprobs)
+        token = Token.of(one.last, logits, request.logprobs)
         ended = one.last in request.stop_ids
         text = "" if ended else one.text.add(one.last)
         if ended or one.text.stopped is not None:
@@ -274,9 +264,9 @@ class Engine:
         n_top = one.stream.request.logprobs
         said = [Token(chunk[0])] if one.predicted is None else []
         if one.predicted is not None:
-            said.append(_described(chunk[0], one.predicted, n_top))
+            said.append(Token.of(chunk[0], one.predicted, n_top))
         rows = logits[:-1, : self._n_ids]
-        said += [_described(token, row, n_top) for token, row in zip(chunk[1:], rows, strict=True)]
+        said += [Token.of(token, row, n_top) for token, row in zip(chunk[1:], rows, strict=True)]
         one.predicted = logits[-1, : self._n_ids]
         one.stream.put(Piece("", tuple(said)))
 
@@ -313,12 +303,3 @@ def _common(wanted: Sequence[int], kept: Sequence[int]) -> int:
     return sum(
         1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, kept, strict=False))
     )
-
-
-def _described(token: int, logits: Tensor, n_top: int | None) -> Token:
-    if n_top is None:
-        return Token(token)
-    logprobs = logits.log_softmax(0)
-    values, ids = logprobs.topk(min(n_top, len(logprobs)))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token, float(logprobs[token]), top)

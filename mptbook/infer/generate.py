@@ -1,24 +1,24 @@
-"""Continue texts with a model, one token at a time.
-
-Dimensions in this file
-    B   prompts
-    T   tokens of the longest prompt
-"""
+"""Continue texts with a model."""
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from pydantic_settings import CliPositionalArg
-from torch import Tensor
 
-from mptbook.directory import find_directory, load_model
-from mptbook.infer.cache import KVCache
-from mptbook.infer.sampling import check_sampling, sample
+from mptbook.directory import find_directory
+from mptbook.infer.engine import Engine
+from mptbook.infer.load import load
+from mptbook.infer.quantize import Bits
+from mptbook.infer.request import Request, Stream
+from mptbook.infer.sampling import check_sampling
+from mptbook.infer.slots import CHUNK, Slots
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
+
+SIDE_BY_SIDE = 32  # sequences at most; the rest wait for their turn
 
 
 def generate(
@@ -31,6 +31,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
 
@@ -41,25 +42,20 @@ def generate(
         prompts: one or many; an empty one asks for a new document.
         max_new_tokens: tokens at most.
         temperature, top_k, top_p: see `mptbook.infer.sampling.sample`.
-        seed: the same seed gives the same text.
+        seed: the same seed gives the same text, to each prompt by its place.
+        stop: strings that end a continuation, and are no part of it.
 
     Raises:
         ValueError: if a sampling value is out of its range, or a model with learned positions
             runs out of them.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text] for prompt in prompts]
-    out: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    for tokens in next_tokens(model, ids, max_new_tokens, len(tokenizer), seed, **sampling):
-        for row, token in enumerate(tokens.tolist()):
-            ended[row] = ended[row] or token == tokenizer.end_of_text
-            if not ended[row]:
-                out[row].append(token)
-        if all(ended):
-            break
-    return [tokenizer.decode(tokens) for tokens in out]
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": tuple(stop)}
+    requests = [
+        _request(tokenizer, prompt, max_new_tokens, seed + row, **how)
+        for row, prompt in enumerate(prompts)
+    ]
+    return [completion.text for completion in complete(model, tokenizer, requests)]
 
 
 def stream(
@@ -72,81 +68,67 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """As `generate` for one prompt, but the text comes in pieces, as soon as it is certain.
 
     A token may end within a character; such a piece waits for the rest of it.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    out: list[int] = []
-    shown = ""
-    for tokens in next_tokens(model, [ids], max_new_tokens, len(tokenizer), seed, **sampling):
-        token = int(tokens[0])
-        if token == tokenizer.end_of_text:
-            break
-        out.append(token)
-        text = tokenizer.decode(out)
-        if not text.endswith("�") and len(text) > len(shown):
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(out)[len(shown) :]
-    if rest:
-        yield rest
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": tuple(stop)}
+    request = _request(tokenizer, prompt, max_new_tokens, seed, **how)
+    engine, (stream,) = _submit(model, tokenizer, [request])
+    while engine.step():
+        for piece in stream.ready():
+            yield piece.text
 
 
-@torch.no_grad()
-def next_tokens(
-    model: MPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    n_ids: int,
-    seed: int,
-    *,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Iterator[Tensor]:
-    """(B,) int64 tokens, again and again; each is read before the next is chosen.
+@dataclass(frozen=True)
+class Completion:
+    text: str  # without what ended it
+    ids: tuple[int, ...]  # with what ended it
+    finish: str  # stop, or length: the tokens are used up
 
-    Args:
-        prompts: ids of each prompt, at least one each.
-        n_ids: ids of the tokenizer; a padded vocabulary has more, which are never chosen.
+
+def complete(model: MPT, tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Completion]:
+    """The answers to requests, in their order; up to `SIDE_BY_SIDE` are written at once.
+
+    Raises:
+        ValueError: if a model with learned positions runs out of them.
+        Failed: if a request could not be finished.
     """
-    check_sampling(temperature, top_k, top_p)
-    model.eval()
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    ids, documents = left_pad(prompts)
-    ids = ids.to(device)
-    documents = None if documents is None else documents.to(device)
-    cache = KVCache(model.config.n_layers, room=ids.shape[1] + max_new_tokens)
-    for _ in range(max_new_tokens):
-        hidden = model.hidden(ids, documents, cache)
-        logits = model.logits(hidden[:, -1:])[:, 0, :n_ids]
-        tokens = sample(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    if not requests:
+        return []
+    engine, streams = _submit(model, tokenizer, requests)
+    while engine.step():
+        pass
+    found = []
+    for stream in streams:
+        pieces = list(stream)
+        ids = tuple(token.id for piece in pieces for token in piece.tokens)
+        text = "".join(piece.text for piece in pieces)
+        found.append(Completion(text, ids, pieces[-1].finish))
+    return found
+
+
+def _submit(
+    model: MPT, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> tuple[Engine, list[Stream]]:
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    config = model.config
+    if config.has_positions and longest > config.max_seq_len:
+        raise ValueError(
+            f"{longest} tokens, but learned positions end at max_seq_len={config.max_seq_len}; "
+            "shorten the text, or use ALiBi"
         )
-        yield tokens
-        ids = tokens[:, None]
-        if documents is not None:
-            documents = torch.cat([documents, documents[:, -1:]], dim=1)
+    slots = Slots(model, min(len(requests), SIDE_BY_SIDE), longest)
+    engine = Engine(slots, tokenizer, chunk_tokens=CHUNK, queue=len(requests))
+    return engine, [engine.submit(request) for request in requests]
 
 
-def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one block that ends with the last token of each.
-
-    Returns:
-        (B, T) int64 ids, and (B, T) document ids that keep the padding (document 0) from the
-        prompt (document 1), or None where all prompts are equally long.
-    """
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    documents = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        documents[row, longest - len(prompt) :] = 1
-    return ids, None if documents.all() else documents
+def _request(tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, **how) -> Request:
+    ids = tuple(tokenizer.encode(prompt)) or (tokenizer.end_of_text,)
+    ends = frozenset({tokenizer.end_of_text})
+    return Request(ids, max_new_tokens, seed=seed, stop_ids=ends, **how)
 
 
 class Generate(RunSettings):
@@ -161,12 +143,14 @@ class Generate(RunSettings):
     top_k: PositiveInt | None = Field(None, description="choose among the k most likely")
     top_p: float | None = Field(0.95, description="choose among the likeliest that reach p")
     seed: int = Field(0, description="the same seed gives the same text")
+    stop: list[str] = Field([], description="strings that end the text")
+    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
 
     def run(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
-        model = load_model(self.model)
+        model = load(self.model, self.bits)
         tokenizer = Tokenizer.load(find_directory(self.model))
-        sampling = self.model_dump(exclude={"model", "prompt"})
+        sampling = self.model_dump(exclude={"model", "prompt", "bits"})
         sys.stdout.write(self.prompt)
         for piece in stream(model, tokenizer, self.prompt, **sampling):
             sys.stdout.write(piece)

@@ -4,6 +4,9 @@ import math
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Self
+
+from torch import Tensor
 
 from mptbook.infer.sampling import check_sampling
 
@@ -61,6 +64,16 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()  # id and log-probability, the likeliest first
 
+    @classmethod
+    def of(cls, token: int, logits: Tensor, n_top: int | None) -> Self:
+        """A token that (V,) logits predicted; n_top as `Request.logprobs`."""
+        if n_top is None:
+            return cls(token)
+        logprobs = logits.log_softmax(0)
+        values, ids = logprobs.topk(min(n_top, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return cls(token, float(logprobs[token]), top)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -96,6 +109,14 @@ class Stream:
         """What the engine calls."""
         (self._listener or self._pieces.put)(piece)
 
+    def ready(self) -> Iterator[Piece]:
+        """The pieces that are there already."""
+        while not self._pieces.empty():
+            piece = self._pieces.get()
+            if isinstance(piece, Failed):
+                raise piece
+            yield piece
+
     def __iter__(self) -> Iterator[Piece]:
         while True:
             piece = self._pieces.get()
@@ -104,3 +125,13 @@ class Stream:
             yield piece
             if piece.finish is not None:
                 return
+
+
+@dataclass
+class Counts:
+    """What happened since the engine was made."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    reused_tokens: int = 0  # of prompts, that were in a slot already
+    finished: dict[str, int] = field(default_factory=dict)  # by reason

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mptbook.infer.cache import windows_of
+from mptbook.infer.decode import Cache, Decoder, is_plain
 from mptbook.model.mpt import MPT
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
@@ -28,7 +29,7 @@ class Slots:
 
     All room is taken at once; nothing moves or grows afterwards. On a CPU one more token for
     some of the sequences is a call of compiled loops, `mptbook.infer.decode`; everything else is
-    `MPT.forward`.
+    `MPT.forward`, also of a model that is more than its weights, as one with adapters.
 
     Args:
         model: in evaluation mode afterwards.
@@ -130,11 +131,9 @@ class Slots:
 
     @property
     def _compiled(self) -> bool:
-        return self.model.device.type == "cpu"
+        return is_plain(self.model)
 
     def _decode_compiled(self, slots, lengths, ids) -> Tensor:
-        from mptbook.infer.decode import Cache, Decoder  # compiles, which reading need not
-
         if self._decoder is None:
             bits = self.keys, self.values
             if self.keys.dtype == torch.bfloat16:

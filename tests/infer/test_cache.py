@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptbook.infer.cache import HorizonCache, KVCache, windows_of
-from mptbook.infer.generate import left_pad
 from mptbook.model.config import MPTConfig
 from mptbook.model.horizon import horizons, static_ranges, tolerance
 from mptbook.model.mpt import MPT
@@ -53,6 +52,16 @@ def with_windows(whole, windows):
         each = torch.tensor(ours).repeat_interleave(H // len(ours))
         block.attn.backend = functools.partial(reference, windows=each)
     return near
+
+
+def left_pad(rows):
+    """Rows that end together, and document ids that keep the padding (0) from them."""
+    longest = max(map(len, rows))
+    ids, documents = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        documents[i, longest - len(row) :] = 1
+    return ids, documents
 
 
 def some_ids(batch, n_tokens, seed=0):

@@ -1,12 +1,16 @@
 import pytest
 import torch
 
-from mptbook.infer import chat
+from mptbook import MPT, MPTConfig
+from mptbook.infer import generate
 from mptbook.infer.chat import Answer, answer
+from mptbook.infer.slots import Slots
 from mptbook.tokenizer.bpe import train_bpe
 from mptbook.tokenizer.chat import NAMED, ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 
+V = 320
+MODEL = MPT(MPTConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=V))
 ASK = [{"role": "user", "content": "why"}]
 
 
@@ -20,12 +24,25 @@ def says(monkeypatch):
     """`says(ids, ids)`: what the model writes to each prompt, whatever they are."""
 
     def script(*written):
-        def tokens(model, prompts, max_new_tokens, n_ids, seed, **sampling):
-            assert len(prompts) == len(written)
-            for step in range(max_new_tokens):
-                yield torch.tensor([ids[step] if step < len(ids) else 1 for ids in written])
+        class Scripted(Slots):
+            """Logits that have one likeliest token, the next of a script."""
 
-        monkeypatch.setattr(chat, "next_tokens", tokens)
+            def __init__(self, *given):
+                super().__init__(*given)
+                self.at = [0] * self.n_slots
+
+            def _next(self, slot):
+                ids, at = written[slot], self.at[slot]
+                self.at[slot] += 1
+                return torch.nn.functional.one_hot(torch.tensor(ids[at] if at < len(ids) else 1), V)
+
+            def read(self, slot, ids, every=False):
+                return self._next(slot).float()
+
+            def decode(self, slots, ids):
+                return torch.stack([self._next(slot) for slot in slots]).float()
+
+        monkeypatch.setattr(generate, "Slots", Scripted)
 
     return script
 
@@ -36,7 +53,7 @@ def test_an_answer_ends_where_a_mark_is_spelled_or_the_document_ends(tokenizer, 
     on = tokenizer.encode("here and there")
     says(spelled, ended, on)
     template = ChatTemplate(NAMED["chatml"])
-    found = answer(None, tokenizer, template, [ASK] * 3, max_new_tokens=len(spelled))
+    found = answer(MODEL, tokenizer, template, [ASK] * 3, max_new_tokens=len(spelled))
     assert found[:2] == [Answer("so", True), Answer("there", True)]
     assert not found[2].ended
     assert found[2].text.startswith("here and there")
@@ -46,18 +63,18 @@ def test_a_mark_that_is_a_token_ends_an_answer(tokenizer, says):
     marked = Tokenizer(type(tokenizer.backend).from_str(tokenizer.backend.to_str()))
     marked.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     says([*marked.encode("so"), marked.backend.token_to_id("<|im_end|>"), 5, 6])
-    found = answer(None, marked, ChatTemplate(NAMED["chatml"]), [ASK])
+    found = answer(MODEL, marked, ChatTemplate(NAMED["chatml"]), [ASK])
     assert found == [Answer("so", True)]
 
 
 def test_without_a_mark_only_the_document_ends_an_answer(tokenizer, says):
     says([*tokenizer.encode("so<|im_end|>"), tokenizer.end_of_text])
-    found = answer(None, tokenizer, ChatTemplate(NAMED["instruct"]), [ASK])
+    found = answer(MODEL, tokenizer, ChatTemplate(NAMED["instruct"]), [ASK])
     assert found == [Answer("so<|im_end|>", True)]
 
 
 def test_the_command_asks_a_model_by_its_own_template(data, tmp_path, capsys):
-    from mptbook import MPT, MPTConfig, save_model
+    from mptbook import save_model
     from mptbook.__main__ import main
 
     tokenizer, template = Tokenizer.load(data), ChatTemplate(NAMED["instruct"])

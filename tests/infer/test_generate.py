@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from mptbook.infer import generate as module
 from mptbook.infer.cache import KVCache
-from mptbook.infer.generate import generate, left_pad, stream
+from mptbook.infer.generate import generate, stream
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
@@ -109,11 +110,21 @@ def test_a_cache_doubles_its_room():
     assert rooms == [2, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
-def test_left_padding_ends_every_row_with_its_last_token():
-    ids, documents = left_pad([[7], [1, 2, 3]])
-    assert ids.tolist() == [[0, 0, 7], [1, 2, 3]]
-    assert documents.tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert left_pad([[4, 5], [6, 7]])[1] is None
+@pytest.mark.parametrize("size", [1, 2])
+def test_more_prompts_than_are_written_at_once_take_turns(model, tokenizer, monkeypatch, size):
+    prompts = ["the", "a dog ate the hat on the mat", "", "olé"]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=12)
+    monkeypatch.setattr(module, "SIDE_BY_SIDE", size)
+    assert generate(model, tokenizer, prompts, max_new_tokens=12) == expected
+    assert generate(model, tokenizer, [], max_new_tokens=12) == []
+
+
+def test_a_stop_string_ends_a_text_and_is_no_part_of_it(model, tokenizer):
+    (whole,) = generate(model, tokenizer, "the cat", max_new_tokens=20)
+    stop = whole[4:6]
+    (cut,) = generate(model, tokenizer, "the cat", max_new_tokens=20, stop=[stop])
+    assert cut == whole[: whole.index(stop)]
+    assert "".join(stream(model, tokenizer, "the cat", max_new_tokens=20, stop=[stop])) == cut
 
 
 def test_learned_positions_run_out_with_a_way_out(tokenizer):
