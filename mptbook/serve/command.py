@@ -108,10 +108,11 @@ class Serve(RunSettings):
             )
         n_tokens = self.tokens or min(config.max_seq_len, MOST_TOKENS)
         slots = Slots(model, self.slots, n_tokens, self.cache_dtype)
-        # Compiles, so that the first request need not wait for it.
-        for _ in range(2):
-            slots.read(0, [tokenizer.end_of_text])
-            slots.crop(0, 0)
+        # Compiles what one and several rows take, so that the first requests need not wait for it.
+        for n in (1, min(2, self.slots)):
+            slots.decode(range(n), [tokenizer.end_of_text] * n)
+        for slot in range(n):
+            slots.crop(slot, 0)
         return slots
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi.responses import Response, StreamingResponse
@@ -84,7 +85,8 @@ class Writing:
 
     def _listener(self, number: int) -> Callable[[Piece | Failed], None]:
         def tell(piece: Piece | Failed) -> None:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
+            with suppress(RuntimeError):  # the loop has ended, and who waited in it
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
         return tell
 

@@ -21,7 +21,7 @@ from mptbook.tokenizer.bpe import train_bpe
 from mptbook.tokenizer.chat import ChatTemplate
 
 TEXTS = ["the cat sat on the mat. A dog ate the hat — olé\n"] * 5
-ROOM = 96  # tokens of a slot
+ROOM = 230  # tokens of a slot
 MESSAGES = [{"role": "user", "content": "the cat"}]
 
 
@@ -38,6 +38,7 @@ def model():
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2) if weight.dim() > 1 else None
+        model.transformer.wte.weight[0] = 0  # end-of-text is not likely, or nothing would be long
     return model.eval()
 
 
@@ -47,11 +48,13 @@ class Running:
     served: Served
     server: Any  # uvicorn's
 
+    def __post_init__(self):
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
     def ask(self, path: str, body: Any = None, **how: Any) -> httpx.Response:
-        with httpx.Client(base_url=self.url, timeout=30) as client:
-            if body is None:
-                return client.get(path, **how)
-            return client.post(path, json=body, **how)
+        if body is None:
+            return self.client.get(path, **how)
+        return self.client.post(path, json=body, **how)
 
     def complete(self, prompt: Any = "the cat", **fields: Any) -> httpx.Response:
         return self.ask("/v1/completions", {"model": "cat", "prompt": prompt} | fields)
@@ -79,7 +82,9 @@ def serving(model, tokenizer):
         thread = threading.Thread(target=runs.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", served, runs)
+            one = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", served, runs)
+            with one.client:
+                yield one
         finally:
             runs.should_exit = True
             thread.join()

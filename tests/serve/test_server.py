@@ -202,7 +202,9 @@ def test_a_chat_in_pieces_is_the_whole(running):
         joined = "".join(piece["delta"].get("content", "") for piece in of)
         assert joined == choice["message"]["content"]
         assert of[-1]["finish_reason"] == choice["finish_reason"] == "length"
-        said = [entry for piece in of if piece["logprobs"] for entry in piece["logprobs"]["content"]]
+        said = [
+            entry for piece in of if piece["logprobs"] for entry in piece["logprobs"]["content"]
+        ]
         assert [entry["token"] for entry in said] == [
             entry["token"] for entry in choice["logprobs"]["content"]
         ]
@@ -245,7 +247,7 @@ def test_an_answer_ends_before_the_mark_of_the_template(serving, tokenizer, monk
 def test_models_health_and_what_is_measured(serving):
     with serving(n_slots=2) as running:
         card = running.ask("/v1/models").json()["data"][0]
-        assert (card["id"], card["object"], card["max_model_len"]) == ("cat", "model", 96)
+        assert (card["id"], card["object"], card["max_model_len"]) == ("cat", "model", 230)
         assert card["chat"] == "turns"
         assert running.ask("/v1/models/cat").json() == card
         error_of(running.ask("/v1/models/dog"), 404, "there is no model 'dog'")
@@ -351,7 +353,6 @@ def test_a_client_that_left_before_the_first_event_is_not_written_for(serving):
     from mptbook.serve.writing import Events, Writing
 
     with serving() as running:
-        running.served.engine.slots.decode  # noqa: B018 - it is there
 
         async def leave():
             writing = Writing(running.served.engine, [Request((5,), 90)], 9)
