@@ -2,8 +2,7 @@
 
 The engine works in steps. A step admits requests to free slots, reads one chunk of one prompt,
 and writes one token for every request whose prompt is read: the weights are read once for all of
-them. A long prompt holds the others up by one chunk at a time, and who is finished makes room at
-once.
+them. A long prompt holds the others up by one chunk at a time; who is finished makes room.
 
 Source: Yu et al., "Orca", OSDI 2022 (scheduling by iteration); Agrawal et al.,
 arXiv:2308.16369 (prompts in chunks between tokens).
@@ -46,7 +45,7 @@ class Running:
 
 
 class Engine:
-    """Writes the answers to many requests side by side.
+    """Answers many requests side by side.
 
     Args:
         slots: the model and its cache: at most so many requests at once.
@@ -82,7 +81,6 @@ class Engine:
 
     @property
     def running(self) -> list[Running]:
-        """Requests that have a slot."""
         return [*self.reading, *self.writing]
 
     def submit(
@@ -127,12 +125,11 @@ class Engine:
         self._steps += 1
         self._drop_cancelled()
         self._admit()
-        if not self.reading and not self.writing:
+        if not self.running:
             return False
         if self.reading:
             self._read_chunk(self.reading.popleft())
-        if self.writing:
-            self._write_tokens(list(self.writing))
+        self._write_tokens([*self.writing])
         return True
 
     def start(self) -> None:
@@ -145,10 +142,9 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread is None:
-            return
+        assert self._thread is not None, "stop comes after start"
         self._thread.join(seconds)
-        for stream in [stream for stream, _ in self.waiting] + [one.stream for one in self.running]:
+        for stream in [one for one, _ in self.waiting] + [one.stream for one in self.running]:
             stream.cancel()
         self._thread.join()
 
@@ -186,11 +182,8 @@ class Engine:
             self.counts.prompt_tokens += len(stream.request.prompt)
             self.counts.reused_tokens += read
             stream.prompt_tokens_reused = read
-            generator = torch.Generator()
-            if stream.request.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(stream.request.seed)
+            generator, seed = torch.Generator(), stream.request.seed
+            generator.manual_seed(generator.seed() if seed is None else seed)
             text = TextStream(self.tokenizer, stream.request.stop)
             self.reading.append(Running(stream, slot, read, text, generator, born))
 
@@ -234,6 +227,8 @@ class Engine:
             self._fail([one], error)
 
     def _write_tokens(self, rows: list[Running]) -> None:
+        if not rows:
+            return
         try:
             logits = self.slots.decode([one.slot for one in rows], [one.last for one in rows])
         except Exception as error:
@@ -272,12 +267,12 @@ class Engine:
     def _echo(self, one: Running, chunk: Sequence[int], logits: Tensor) -> None:
         """Say the tokens of a chunk of the prompt, each with what was predicted for it."""
         n_top = one.stream.request.logprobs
-        said = [Token(chunk[0])] if one.predicted is None else []
-        if one.predicted is not None:
-            said.append(Token.of(chunk[0], one.predicted, n_top))
-        rows = logits[:-1, : self._n_ids]
-        said += [Token.of(token, row, n_top) for token, row in zip(chunk[1:], rows, strict=True)]
-        one.predicted = logits[-1, : self._n_ids]
+        logits = logits[:, : self._n_ids]
+        first = one.predicted
+        said = [Token(chunk[0]) if first is None else Token.of(chunk[0], first, n_top)]
+        rows = zip(chunk[1:], logits[:-1], strict=True)
+        said += [Token.of(token, row, n_top) for token, row in rows]
+        one.predicted = logits[-1]
         one.stream.put(Piece("", tuple(said)))
 
     def _end(self, one: Running, finish: str, text: str = "", *tokens: Token) -> None:

@@ -71,14 +71,6 @@ def test_likelihood_steps_raise_it(asked):
     assert answer_log_probs(model, *zip(*examples, strict=True)).sum() > before + 10
 
 
-def test_what_is_written_stops_at_its_end(asked):
-    end, stop = asked.tokenizer.end_of_text, asked.tokenizer.encode("<|im_end|>")
-    assert preference._to_its_end([7, end, 9], asked, {end}) == [7, end]
-    assert preference._to_its_end([7, *stop, 9], asked, {end}) == [7, *stop]
-    assert preference._to_its_end([7, 9], asked, {end}) == [7, 9]
-    assert {len(row) for row in written(asked.reference, asked)} <= set(range(1, 6))
-
-
 def test_the_distance_is_what_the_answers_gained(asked, start):
     model = load_model(start)
     likelihood_steps(
