@@ -14,12 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from mptbook.infer.request import Busy, Counts, Failed, Piece, Request, Stream, Token
+from mptbook.infer.request import Busy, Counts, Failed, Listener, Piece, Request, Stream, Token
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -83,13 +82,8 @@ class Engine:
     def running(self) -> list[Running]:
         return [*self.reading, *self.writing]
 
-    def submit(
-        self, request: Request, listener: Callable[[Piece | Failed], None] | None = None
-    ) -> Stream:
-        """Have a request answered; from any thread.
-
-        Args:
-            listener: is given every piece, by the thread of the engine, in place of who iterates.
+    def submit(self, request: Request, listener: Listener | None = None) -> Stream:
+        """Have a request answered; from any thread. A listener is told each piece by the engine's.
 
         Raises:
             ValueError: if it does not fit into a slot, or has an id that the tokenizer lacks.
@@ -163,7 +157,7 @@ class Engine:
             gone = [one for one in self.waiting if one[0].cancelled]
             self.waiting = deque(one for one in self.waiting if not one[0].cancelled)
         for stream, _ in gone:
-            self._count("cancelled")
+            self.counts.end("cancelled")
             stream.put(Piece("", finish="cancelled"))
         for one in self.running:
             if one.stream.cancelled:
@@ -188,12 +182,8 @@ class Engine:
             self.reading.append(Running(stream, slot, read, text, generator, born))
 
     def _place(self, request: Request, free: Sequence[int]) -> tuple[int, int]:
-        """A free slot, and how many tokens of the prompt it holds.
-
-        The last token is always read anew: its logits are wanted. With echo all are.
-        """
-        wanted = [] if request.echo else request.prompt[:-1]
-        common = [_common(wanted, kept) for kept in self.kept]
+        """A free slot, and how many tokens of the prompt it holds."""
+        common = [request.common(kept) for kept in self.kept]
         # Of equals the one that was used longest ago, so that others keep what they have.
         slot = max(free, key=lambda slot: (common[slot], -self._used[slot]))
         source = max([slot, *range(len(common))], key=lambda slot: common[slot])
@@ -284,7 +274,7 @@ class Engine:
         if finish != "cancelled" and one.text.stopped is None:
             text += one.text.finish()
             finish = "stop" if one.text.stopped is not None else finish
-        self._count(finish)
+        self.counts.end(finish)
         self.observe("e2e_request_latency", time.perf_counter() - one.born)
         one.stream.put(Piece(text, tokens, finish))
 
@@ -296,15 +286,5 @@ class Engine:
                 self.writing.remove(one)
             self.slots.crop(one.slot, 0)
             self.kept[one.slot] = []
-            self._count("error")
+            self.counts.end("error")
             one.stream.put(Failed(str(error) or type(error).__name__))
-
-    def _count(self, finish: str) -> None:
-        self.counts.finished[finish] = self.counts.finished.get(finish, 0) + 1
-
-
-def _common(wanted: Sequence[int], kept: Sequence[int]) -> int:
-    """How many first ids two texts share."""
-    return sum(
-        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, kept, strict=False))
-    )

@@ -2,8 +2,9 @@
 
 import math
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Self
 
 from torch import Tensor
@@ -51,6 +52,15 @@ class Request:
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise ValueError(f"logprobs is {self.logprobs}; it may be 0 to {MOST_LOGPROBS}")
 
+    def common(self, kept: Sequence[int]) -> int:
+        """How many first ids of another text need not be read again for this one.
+
+        The last id of a prompt always is: its logits are wanted. With echo all are.
+        """
+        wanted = () if self.echo else self.prompt[:-1]
+        pairs = zip(wanted, kept, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
 
 @dataclass(frozen=True)
 class Token:
@@ -84,6 +94,9 @@ class Piece:
     finish: str | None = None  # of the last piece: stop, length or cancelled
 
 
+Listener = Callable[[Piece | Failed], None]
+
+
 @dataclass(eq=False)
 class Stream:
     """The answer to a request, as it is written.
@@ -92,7 +105,7 @@ class Stream:
     """
 
     request: Request
-    listener: Callable[[Piece | Failed], None] | None = None  # gets the pieces, if there is one
+    listener: Listener | None = None  # gets the pieces, if there is one
     cancelled: bool = False
     prompt_tokens_reused: int = 0  # that another request had read before
     _pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
@@ -131,3 +144,7 @@ class Counts:
     generation_tokens: int = 0
     reused_tokens: int = 0  # of prompts, that were in a slot already
     finished: dict[str, int] = field(default_factory=dict)  # by reason
+
+    def end(self, finish: str) -> None:
+        """Note how one request ended."""
+        self.finished[finish] = self.finished.get(finish, 0) + 1
