@@ -6,6 +6,7 @@ import time
 import httpx
 import pytest
 import torch
+from http_answers import error_of, events, wait_until
 
 from mptbook.serve.limits import Limits
 from mptbook.serve.served import Served
@@ -20,25 +21,6 @@ def greedy(model, tokenizer, ids, n):
         for _ in range(n):
             ids.append(int(model(torch.tensor([ids]))[0, -1, : len(tokenizer)].argmax()))
     return ids[start:]
-
-
-def events(response):
-    """The models of an event stream, without [DONE] at its end."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def error_of(response, status, *words):
-    """The error object, which must have all its fields and these words."""
-    assert response.status_code == status, response.text
-    (error,) = response.json().values()
-    assert set(error) == {"message", "type", "param", "code"}
-    for word in words:
-        assert word in error["message"]
-    return error
 
 
 def test_a_completion_is_what_the_model_finds_likeliest(running, model, tokenizer):
@@ -165,12 +147,13 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it(running):
 
 
 def test_a_chat_is_read_by_the_template(running, model, tokenizer):
+    parts = [{"type": "text", "text": text} for text in ("the ", "cat")]
     turns = [
         {"role": "system", "content": "A dog"},
-        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]},
+        {"role": "user", "content": parts},
         {"role": "assistant", "content": "sat"},
         {"role": "user", "content": "the mat"},
-    ]  # fmt: skip
+    ]
     plain = [turns[0], {"role": "user", "content": "the cat"}, *turns[2:]]
     ids = encode_prompt(ChatTemplate.load("chatml"), tokenizer, plain)
     expected = tokenizer.decode(greedy(model, tokenizer, ids, 9))
@@ -316,13 +299,6 @@ def test_time_is_bounded_also_of_a_stream(serving, monkeypatch):
         *_, last = events(running.complete(max_tokens=80, stream=True))
         assert "longer than 0.3 s" in last["error"]["message"]
         assert running.complete(max_tokens=1).status_code == 200  # the slot was given back
-
-
-def wait_until(true, seconds=10):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
