@@ -94,6 +94,7 @@ class Browser:
         look = [{"name": "prefers-color-scheme", "value": scheme}]
         page.command("Emulation.setEmulatedMedia", features=look)
         page.command("Page.navigate", url=url)
+        page.until("document.readyState === 'complete' && location.protocol === 'http:'")
         return page
 
 

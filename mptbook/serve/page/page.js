@@ -36,6 +36,9 @@ async function findModel() {
   model = (await response.json()).data[0];
   part("model").textContent = model.id;
   document.title = model.id;
+  if (localStorage.getItem("max_tokens") === null) {
+    part("max_tokens").value = Math.min(256, Math.floor(model.max_model_len / 2));
+  }
   const plain = model.chat === null;
   document.body.classList.toggle("plain", plain);
   part("said-label").textContent = plain ? "Text to continue" : "Message";
