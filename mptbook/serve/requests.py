@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
@@ -20,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from mptbook.infer.request import MOST_LOGPROBS
 
+PLAIN = {"type": "text"}
 SEEDS = {"ge": -(2**63), "le": 2**63 - 1}
 
 
@@ -53,6 +55,7 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Zero = Annotated[float, _neutral(), WithJsonSchema({"type": "number", "const": 0})]
 Stop = Annotated[Text | list[Text], _one_of("a string, or a list of strings")]
 Prompt = Annotated[
     Text | list[Text] | list[int] | list[list[int]],
@@ -113,9 +116,11 @@ class _Asked(_Fields):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="ignored")
     metadata: dict[str, str] | None = Field(None, description="ignored")
-    frequency_penalty: Annotated[float, _neutral()] = 0.0
-    presence_penalty: Annotated[float, _neutral()] = 0.0
-    logit_bias: Annotated[dict[str, float], _neutral()] = {}
+    frequency_penalty: Zero = 0.0
+    presence_penalty: Zero = 0.0
+    logit_bias: Annotated[
+        dict[str, float], _neutral(), WithJsonSchema({"type": "object", "maxProperties": 0})
+    ] = {}
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -142,7 +147,7 @@ class CompletionRequest(_Asked):
         None, ge=0, le=MOST_LOGPROBS, description="log-probabilities, and of so many likeliest"
     )
     best_of: int | None = Field(None, ge=1, description="no other than n")
-    suffix: Annotated[str, _neutral()] = ""
+    suffix: Annotated[str, _neutral(), WithJsonSchema({"type": "string", "maxLength": 0})] = ""
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -170,9 +175,13 @@ class ChatRequest(_Asked):
     )
     logprobs: bool = Field(False, description="log-probabilities of the answer's tokens")
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    response_format: Annotated[dict[str, Any], _neutral({"type": "text"})] = {}
-    tools: Annotated[list[Any], _neutral()] = []
-    tool_choice: Annotated[str | dict[str, Any], _neutral("none", "auto")] = "none"
+    response_format: Annotated[
+        dict[str, Any], _neutral(PLAIN), WithJsonSchema({"enum": [{}, PLAIN]})
+    ] = {}
+    tools: Annotated[list[Any], _neutral(), WithJsonSchema({"type": "array", "maxItems": 0})] = []
+    tool_choice: Annotated[
+        str | dict[str, Any], _neutral("none", "auto"), WithJsonSchema({"enum": ["none", "auto"]})
+    ] = "none"
     parallel_tool_calls: bool = Field(True, description="ignored: there are no tools")
 
     @model_validator(mode="after")

@@ -35,7 +35,8 @@ from mptbook.serve.served import Served
 PAGE = Path(__file__).parent / "page"
 ALWAYS = 400, 401, 408, 413, 500, 503
 ASKED = documented(*ALWAYS, 404, 415, 429)
-EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS = {"content": {"text/event-stream": {"schema": EVENT}}}
 
 
 def make_app(served: Served, metrics: Metrics, key: str | None = None) -> FastAPI:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mptbook.infer.engine import Engine
+from mptbook.infer.load import load
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -19,6 +20,7 @@ from mptbook.serve.metrics import Metrics
 from mptbook.serve.served import Served
 from mptbook.tokenizer.bpe import train_bpe
 from mptbook.tokenizer.chat import ChatTemplate
+from mptbook.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat. A dog ate the hat — olé\n"] * 5
 ROOM = 230  # tokens of a slot
@@ -68,14 +70,16 @@ def serving(model, tokenizer):
     """`with serving(...) as running:` a server of its own, on a free port."""
 
     @contextmanager
-    def start(*, template="chatml", key=None, n_slots=4, name="cat", **limits):
+    def start(*, template="chatml", key=None, n_slots=4, name="cat", folder=None, **limits):
         metrics = Metrics(name)
         bounds = Limits(**limits)
-        slots = Slots(model, n_slots, ROOM)
-        engine = Engine(slots, tokenizer, queue=bounds.waiting, observe=metrics.observe)
+        own = load(folder) if folder else model
+        slots = Slots(own, n_slots, own.config.max_seq_len)
+        words = Tokenizer.load(folder) if folder else tokenizer
+        engine = Engine(slots, words, queue=bounds.waiting, observe=metrics.observe)
         metrics.watch(engine)
         template = ChatTemplate.load(template) if template else None
-        served = Served(name, engine, tokenizer, template, bounds)
+        served = Served(name, engine, words, template, bounds)
         listener = server.bound("127.0.0.1", 0)
         runs = server.server_of(server.make_app(served, metrics, key), served)
         listener.listen()  # so that who asks before it has started waits
