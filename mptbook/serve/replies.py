@@ -15,6 +15,8 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorReply(BaseModel):
+    """What is answered where there is no answer."""
+
     error: ErrorDetail
 
 
@@ -23,6 +25,8 @@ class PromptDetails(BaseModel):
 
 
 class Usage(BaseModel):
+    """Tokens that were read and written; a prompt counts once, whatever n is."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -67,6 +71,8 @@ class ChatLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
+    """Of an answer; an entry for each token."""
+
     content: list[ChatLogprob]
     refusal: None = None
 
@@ -85,6 +91,8 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """A whole answer."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -112,6 +120,8 @@ class ChatChunk(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """What can be asked of the served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
