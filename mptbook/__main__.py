@@ -18,6 +18,7 @@ VERBS = {
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.command", "Evaluate", "bits per byte, or a suite of tasks"),
     "ask": ("mptbook.infer.chat", "Ask", "put a question to a finetuned model"),
+    "serve": ("mptbook.serve.command", "Serve", "answer over HTTP, as OpenAI's servers do"),
     "longcontext": ("mptbook.eval.longcontext", "LongContext", "what a model makes of long texts"),
     "prefer": ("mptbook.finetune.preference", "Preference", "learn which answers people like"),
     "plan": ("mptbook.plan.command", "Plan", "memory, days and cost of a run, beforehand"),

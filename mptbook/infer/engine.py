@@ -83,8 +83,13 @@ class Engine:
     def running(self) -> list[Running]:
         return [*self.reading, *self.writing]
 
-    def submit(self, request: Request) -> Stream:
+    def submit(
+        self, request: Request, listener: Callable[[Piece | Failed], None] | None = None
+    ) -> Stream:
         """Have a request answered; from any thread.
+
+        Args:
+            listener: is given every piece, by the thread of the engine, in place of who iterates.
 
         Raises:
             ValueError: if it does not fit into a slot, or has an id that the tokenizer lacks.
@@ -99,7 +104,7 @@ class Engine:
         for token in request.prompt:
             if not 0 <= token < self._n_ids:
                 raise ValueError(f"{token} is no token; the tokenizer has 0 to {self._n_ids - 1}")
-        stream = Stream(request)
+        stream = Stream(request, listener)
         with self._changed:
             if self._stopping:
                 raise Busy("the server is stopping; ask another, or later")
@@ -108,6 +113,11 @@ class Engine:
             self.waiting.append((stream, time.perf_counter()))
             self._changed.notify()
         return stream
+
+    @property
+    def works(self) -> bool:
+        """Whether its thread is there to answer."""
+        return self._thread is not None and self._thread.is_alive()
 
     @torch.inference_mode()
     def step(self) -> bool:

@@ -92,22 +92,18 @@ class Stream:
     """
 
     request: Request
+    listener: Callable[[Piece | Failed], None] | None = None  # gets the pieces, if there is one
     cancelled: bool = False
     prompt_tokens_reused: int = 0  # that another request had read before
     _pieces: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    _listener: Callable[[Piece | Failed], None] | None = None
 
     def cancel(self) -> None:
         """Nobody wants the rest; its slot is free before the next step."""
         self.cancelled = True
 
-    def listen(self, listener: Callable[[Piece | Failed], None]) -> None:
-        """Have every piece given to a function, by the thread of the engine; before it starts."""
-        self._listener = listener
-
     def put(self, piece: Piece | Failed) -> None:
         """What the engine calls."""
-        (self._listener or self._pieces.put)(piece)
+        (self.listener or self._pieces.put)(piece)
 
     def ready(self) -> Iterator[Piece]:
         """The pieces that are there already."""

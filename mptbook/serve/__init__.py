@@ -1,0 +1,1 @@
+"""Serving a model over HTTP, as OpenAI's clients ask for it."""

@@ -1,0 +1,187 @@
+"""`mptbook serve DIR`: a model directory behind HTTP."""
+
+import ipaddress
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic_settings import CliPositionalArg
+
+from mptbook.directory import find_directory
+from mptbook.infer.engine import Engine
+from mptbook.infer.load import load, weight_bytes
+from mptbook.infer.quantize import Bits
+from mptbook.infer.slots import CacheDtype, Slots
+from mptbook.model.mpt import MPT
+from mptbook.serve.limits import Limits
+from mptbook.settings import RunSettings
+from mptbook.tokenizer.chat import ChatTemplate
+from mptbook.tokenizer.tokenizer import Tokenizer
+
+KEY = "MPTBOOK_API_KEY"
+MOST_TOKENS = 4096  # of a slot, unless more are asked for: a cache of 65,536 is for few machines
+
+
+class Serve(RunSettings):
+    """Answer HTTP requests as OpenAI's servers do: `mptbook serve DIR`."""
+
+    model: CliPositionalArg[str] = Field(
+        description="a model directory, a run, or a name on the hub"
+    )
+    name: str = Field("", description="of the model in requests; none: that of its folder")
+    host: str = Field(
+        "127.0.0.1", description="address to listen at; others than loopback take a key"
+    )
+    port: NonNegativeInt = Field(8000, description="0 takes one that is free")
+    api_key_file: Path | None = Field(
+        None, description=f"file with the key that requests must bring; or it is in {KEY}"
+    )
+    template: str = Field(
+        "", description="instruct, instruct-card, chatml, or a Jinja file; none: the model's own"
+    )
+    device: str = Field("", description="cpu or cuda; none: cuda where there is one")
+    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
+    slots: PositiveInt = Field(8, description="requests that are written at once")
+    tokens: NonNegativeInt = Field(
+        0,
+        description="of prompt and answer together, that each has room for; 0: as many as the "
+        f"model was trained on, at most {MOST_TOKENS}",
+    )
+    cache_dtype: CacheDtype | None = Field(
+        None, description="of keys and values; none: float32 if the weights are, else bfloat16"
+    )
+    chunk_tokens: PositiveInt = Field(256, description="of a prompt, read between two steps")
+    access_log: bool = Field(False, description="a line for each request")
+    limits: Limits = Limits()
+
+    def run(self) -> None:
+        try:
+            from mptbook.serve import server
+            from mptbook.serve.metrics import Metrics
+            from mptbook.serve.served import Served
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"serving needs {error.name}, which is not here; pip install 'mptbook[serve]'"
+            ) from None
+
+        key = find_key(self.api_key_file)
+        check_host(self.host, key)
+        with server.bound(self.host, self.port) as listener:
+            folder = find_directory(self.model)
+            tokenizer, template = Tokenizer.load(folder), find_template(self.template, folder)
+            slots = self._slots(folder, tokenizer)
+            name = self.name or name_of(self.model, folder)
+            metrics = Metrics(name)
+            how = {"chunk_tokens": self.chunk_tokens, "queue": self.limits.waiting}
+            engine = Engine(slots, tokenizer, **how, observe=metrics.observe)
+            metrics.watch(engine)
+            served = Served(name, engine, tokenizer, template, self.limits)
+            app = server.make_app(served, metrics, key)
+            gib = 2**30
+            weights, cache = weight_bytes(slots.model) / gib, slots.bytes / gib
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            print(
+                f"{name} at http://{host}:{listener.getsockname()[1]}: weights {weights:.2f} GiB, "
+                f"{slots.n_slots} slots of {slots.n_tokens} tokens in {cache:.2f} GiB",
+                flush=True,
+            )
+            # uvicorn finishes what runs, and then sends itself the signal again.
+            previous = signal.signal(signal.SIGTERM, lambda *_: None)
+            try:
+                server.server_of(app, served, self.access_log).run(sockets=[listener])
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+
+    def _slots(self, folder: Path, tokenizer: Tokenizer) -> Slots:
+        """The model with its cache, tried out."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(folder, self.bits, device)
+        config = model.config
+        check_model(model, folder, tokenizer)
+        if config.has_positions and self.tokens > config.max_seq_len:
+            raise ValueError(
+                f"tokens={self.tokens}, but learned positions end at "
+                f"max_seq_len={config.max_seq_len}; ask for fewer"
+            )
+        n_tokens = self.tokens or min(config.max_seq_len, MOST_TOKENS)
+        slots = Slots(model, self.slots, n_tokens, self.cache_dtype)
+        # Compiles what one and several rows take, so that the first requests need not wait for it.
+        for n in (1, min(2, self.slots)):
+            slots.decode(range(n), [tokenizer.end_of_text] * n)
+        for slot in range(n):
+            slots.crop(slot, 0)
+        return slots
+
+
+def find_key(file: Path | None) -> str | None:
+    """The key out of a file, or the environment; None where there is none.
+
+    Raises:
+        ValueError: if it is empty, or no single word of printable ASCII.
+    """
+    key, place = os.environ.get(KEY), KEY
+    if file is not None:
+        key, place = file.read_text(encoding="utf-8").strip(), str(file)
+    if key is None:
+        return None
+    if not key or not all("!" <= letter <= "~" for letter in key):
+        raise ValueError(
+            f"the key in {place} is empty, or no word of letters, digits and signs; make one with: "
+            "openssl rand -hex 32"
+        )
+    return key
+
+
+def check_host(host: str, key: str | None) -> None:
+    """See that only this machine can ask a server without a key.
+
+    Raises:
+        ValueError: if others could.
+    """
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local and key is None:
+        raise ValueError(
+            f"host={host} lets other machines ask, and there is no key; set {KEY} or "
+            "--api-key-file, or listen at 127.0.0.1"
+        )
+
+
+def find_template(said: str, folder: Path) -> ChatTemplate | None:
+    """The template that is named, or the directory's own; None if it has none."""
+    if said:
+        return ChatTemplate.load(said)
+    try:
+        return ChatTemplate.load(folder)
+    except FileNotFoundError:
+        return None
+
+
+def name_of(said: str, folder: Path) -> str:
+    """What a model is called after: its name on the hub, its folder, or the run that it is of."""
+    if not Path(said).exists():
+        return said
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def check_model(model: MPT, folder: Path, tokenizer: Tokenizer) -> None:
+    """See that a model can answer.
+
+    Raises:
+        ValueError: if a weight is not finite, or the tokenizer has ids that the model lacks.
+    """
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model "
+            f"{model.config.vocab_size}; take the tokenizer that it was trained with"
+        )
+    state: dict[str, Any] = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{folder}: {name} is damaged: not all of its numbers are finite")
