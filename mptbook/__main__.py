@@ -37,6 +37,7 @@ VERBS = {
     "bench train": ("mptbook.bench.train", "BenchTrain", "training steps beside their peers"),
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
     "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
+    "bench generate": ("mptbook.bench.generate", "BenchGenerate", "tokens a second beside peers"),
     "bench evaluate": ("mptbook.bench.evaluate", "BenchEvaluate", "tasks put to three models"),
     "bench finetune": ("mptbook.bench.finetune", "BenchFinetune", "learn to answer; before, after"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),

@@ -55,7 +55,10 @@ def _key(name: str) -> str:
 
 
 def _modules() -> set[Path]:
-    """The modules of the package whose code a run can depend on, its log included."""
+    """The modules of the package whose code a run can depend on.
+
+    Not those of `infer`: they write the samples in a run's log, and change no weight.
+    """
     # The model loads some of its own by their names, which no import statement shows.
     found = {Path(__file__), *(ROOT / "model").glob("*.py")}
     unread = list(found)
@@ -67,7 +70,9 @@ def _modules() -> set[Path]:
                 files = {
                     ROOT.parent.joinpath(*name.split(".")).with_suffix(".py") for name in names
                 }
-                new = {file for file in files if file.is_file()} - found
+                new = {
+                    file for file in files if file.is_file() and file.parent.name != "infer"
+                } - found
                 unread += new
                 found |= new
     return found

@@ -32,6 +32,7 @@ def test_a_change_of_what_training_runs_trains_the_model_again(package, module):
     ("module", "text"),
     [
         ("eval/longcontext.py", "\n\nANOTHER = 1\n"),  # which training does not run
+        ("infer/engine.py", "\n\nANOTHER = 1\n"),  # which writes samples only
         ("train/feed.py", "\n\n# Only a remark.\n"),
     ],
 )
