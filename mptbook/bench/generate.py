@@ -38,8 +38,8 @@ class BenchGenerate(Bench):
         list(PEERS), description="libraries to compare with; [] for none"
     )
     sequences: list[PositiveInt] = Field([1, 8], description="written at the same time")
-    prompt_tokens: PositiveInt = Field(64, description="of each, read before")
-    new_tokens: int = Field(17, ge=2, description="written to each")
+    prompt_tokens: PositiveInt = Field(8, description="of each, read before")
+    new_tokens: int = Field(33, ge=2, description="written to each")
     long_prompt: PositiveInt = Field(512, description="tokens of the prompt whose reading is timed")
     repeats: PositiveInt = Field(5, description="rounds; medians are shown")
     figure: Path | None = Field(None, description="where to draw the figures")

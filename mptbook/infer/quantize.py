@@ -25,6 +25,7 @@ from mptbook.model.precision import has_bf16
 
 GROUP = 64  # inputs that share a scale in 4 bits; `mptbook.infer.kernels` has the same
 PIECE = 2**22  # numbers that are packed at once, which bounds the memory that it takes
+WIDE = 2**22  # numbers that are widened at once
 Bits = Literal[16, 8, 4]
 PARTS = {16: ("packed",), 8: ("packed", "scale"), 4: ("packed", "scale")}
 
@@ -148,11 +149,17 @@ class PackedLinear(Packed):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., N), in the dtype of x."""
+        """(..., D) to (..., N), in the dtype of x.
+
+        Some rows of the weight at a time: widened they never leave the processor's cache.
+        """
         dtype = torch.bfloat16 if has_bf16(x.device) else torch.float32
-        weight = unpack(self.packed, self.scale, dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), weight, bias).to(x.dtype)
+        given, rows = x.to(dtype), max(1, WIDE // self.packed.shape[1])
+        scales = [None] * -(-len(self.packed) // rows)
+        scales = scales if self.scale is None else self.scale.split(rows)
+        pieces = zip(self.packed.split(rows), scales, strict=True)
+        out = torch.cat([F.linear(given, unpack(*piece, dtype)) for piece in pieces], dim=-1)
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
 class PackedEmbedding(Packed):

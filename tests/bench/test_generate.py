@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from mptbook.__main__ import main
+from mptbook.bench.generate import plot
+from mptbook.bench.writers import memory, ours, some_prompts
+from mptbook.model.config import MPTConfig
+
+TINY = {"d_model": 64, "n_heads": 2, "n_layers": 1, "max_seq_len": 64, "vocab_size": 97}
+
+
+def test_prompts_are_the_same_for_all_and_begin_differently():
+    assert some_prompts(97, 8, 5) == some_prompts(97, 8, 5)
+    assert len({prompt[0] for prompt in some_prompts(97, 8, 5)}) > 4
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_more_tokens_take_longer(bits):
+    seconds = ours(MPTConfig(**TINY), bits)
+    about = seconds()
+    assert about["weight_bytes"] >= 64 * (97 + 12 * 64) * bits / 8
+    seconds(3, 5, 2)
+    assert seconds(3, 5, 40) > seconds(3, 5, 1) > 0
+
+
+def test_memory_is_read_at_a_speed_that_memory_has():
+    assert 1e8 < memory("")() < 1e13
+
+
+def test_the_command_measures_draws_and_writes(tmp_path, monkeypatch, capsys):
+    sizes = {"d_model": 64, "n_heads": 2, "n_layers": 1, "vocab_size": 200}
+    named = staticmethod(lambda name: MPTConfig(**sizes))
+    monkeypatch.setattr(MPTConfig, "named", named)
+    out, figure = tmp_path / "found.json", tmp_path / "found.svg"
+    how = ["--bits", "[8]", "--peers", '["transformers"]', "--repeats", "2", "--new-tokens", "3"]
+    how += ["--prompt-tokens", "4", "--long-prompt", "9", "--sequences", "[1, 2]"]
+    assert main(["bench", "generate", *how, "--out", str(out), "--figure", str(figure)]) == 0
+    found = json.loads(out.read_text())
+    assert list(found["contestants"]) == ["mptbook, 8 bits", "transformers' MPT, bfloat16"]
+    ours_, peer = found["contestants"].values()
+    assert {"1", "2", "prompt", "weight_bytes", "peak_bytes", "seconds"} <= set(ours_)
+    bound = ours_["weight_bytes"] / found["bytes_per_second"]
+    assert ours_["1"]["share_of_memory"] == pytest.approx(bound / ours_["1"]["seconds"])
+    assert "share_of_memory" not in peer["1"]
+    assert "memory is read at" in capsys.readouterr().out
+    assert figure.read_text().startswith("<?xml")
+    assert len(plot(found["contestants"]).axes) == 2
