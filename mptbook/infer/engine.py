@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mptbook.infer.request import Busy, Counts, Failed, Listener, Piece, Request, Stream, Token
+from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -235,7 +235,7 @@ class Engine:
         """Choose a token, say it, and end the request if it was the last."""
         request, logits = one.stream.request, logits[: self._n_ids].float()
         if not bool(logits.isfinite().all()):
-            raise Failed("the model gave logits that are not finite")
+            raise Unanswered("the model gave logits that are not finite")
         how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
         one.last = int(sample(logits[None], **how, generator=one.generator))
         one.written += 1
@@ -287,4 +287,4 @@ class Engine:
             self.slots.crop(one.slot, 0)
             self.kept[one.slot] = []
             self.counts.end("error")
-            one.stream.put(Failed(str(error) or type(error).__name__))
+            one.stream.put(Unanswered(str(error) or type(error).__name__))

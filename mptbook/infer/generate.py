@@ -93,7 +93,7 @@ def complete(model: MPT, tokenizer: Tokenizer, requests: Sequence[Request]) -> l
 
     Raises:
         ValueError: if a model with learned positions runs out of them.
-        Failed: if a request could not be finished.
+        Unanswered: if a request could not be finished.
     """
     if not requests:
         return []

@@ -18,7 +18,7 @@ class Busy(Exception):
     """The queue is full; ask again later."""
 
 
-class Failed(Exception):
+class Unanswered(Exception):
     """A request that could not be finished, by no fault of its own."""
 
 
@@ -94,14 +94,14 @@ class Piece:
     finish: str | None = None  # of the last piece: stop, length or cancelled
 
 
-Listener = Callable[[Piece | Failed], None]
+Listener = Callable[[Piece | Unanswered], None]
 
 
 @dataclass(eq=False)
 class Stream:
     """The answer to a request, as it is written.
 
-    Iterate over it for its `Piece`s; that waits for each. A failed request raises `Failed`.
+    Iterate over it for its `Piece`s; that waits for each. A failed request raises `Unanswered`.
     """
 
     request: Request
@@ -114,7 +114,7 @@ class Stream:
         """Nobody wants the rest; its slot is free before the next step."""
         self.cancelled = True
 
-    def put(self, piece: Piece | Failed) -> None:
+    def put(self, piece: Piece | Unanswered) -> None:
         """What the engine calls."""
         (self.listener or self._pieces.put)(piece)
 
@@ -122,14 +122,14 @@ class Stream:
         """The pieces that are there already."""
         while not self._pieces.empty():
             piece = self._pieces.get()
-            if isinstance(piece, Failed):
+            if isinstance(piece, Unanswered):
                 raise piece
             yield piece
 
     def __iter__(self) -> Iterator[Piece]:
         while True:
             piece = self._pieces.get()
-            if isinstance(piece, Failed):
+            if isinstance(piece, Unanswered):
                 raise piece
             yield piece
             if piece.finish is not None:

@@ -9,7 +9,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from mptbook.infer.engine import Engine
-from mptbook.infer.request import Busy, Failed, Piece, Request, Stream
+from mptbook.infer.request import Busy, Piece, Request, Stream, Unanswered
 from mptbook.serve.errors import Refused
 from mptbook.serve.replies import PromptDetails, Usage
 
@@ -34,7 +34,7 @@ class Writing:
     def __init__(self, engine: Engine, requests: Sequence[Request], seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._seconds, self._deadline = seconds, self._loop.time() + seconds
-        self._pieces: asyncio.Queue[tuple[int, Piece | Failed]] = asyncio.Queue()
+        self._pieces: asyncio.Queue[tuple[int, Piece | Unanswered]] = asyncio.Queue()
         self._open = len(requests)
         self.requests = requests
         self.streams: list[Stream] = []
@@ -58,7 +58,7 @@ class Writing:
         skip = [len(one.prompt) if one.echo else 0 for one in self.requests]
         while self._open:
             number, piece = await self._next()
-            if isinstance(piece, Failed):
+            if isinstance(piece, Unanswered):
                 raise Refused(500, "the model failed, as the log of the server describes")
             if piece.finish == "cancelled":
                 raise Refused(503, "the server is stopping; ask another, or later")
@@ -83,14 +83,14 @@ class Writing:
             prompt_tokens_details=PromptDetails(cached_tokens=reused),
         )
 
-    def _listener(self, number: int) -> Callable[[Piece | Failed], None]:
-        def tell(piece: Piece | Failed) -> None:
+    def _listener(self, number: int) -> Callable[[Piece | Unanswered], None]:
+        def tell(piece: Piece | Unanswered) -> None:
             with suppress(RuntimeError):  # the loop has ended, and who waited in it
                 self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
 
         return tell
 
-    async def _next(self) -> tuple[int, Piece | Failed]:
+    async def _next(self) -> tuple[int, Piece | Unanswered]:
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._pieces.get()

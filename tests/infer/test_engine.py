@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptbook.infer.engine import Engine
-from mptbook.infer.request import Busy, Failed, Request
+from mptbook.infer.request import Busy, Request, Unanswered
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -273,7 +273,7 @@ def test_a_fault_ends_the_requests_it_hit_and_no_others(monkeypatch):
     monkeypatch.setattr(Slots, "read", read)
     good, bad = ours.submit(Request((4, 5), 9)), ours.submit(Request((4, 13, 5), 9))
     run(ours)
-    with pytest.raises(Failed, match="cosmic ray"):
+    with pytest.raises(Unanswered, match="cosmic ray"):
         list(bad)
     assert finished(good)[1] == alone((4, 5), 9)
     at["fails"] = False
@@ -292,7 +292,7 @@ def test_a_fault_while_writing_ends_all_that_were_written_and_the_engine_goes_on
         patch.setattr(Slots, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
         run(ours)
     for stream in streams:
-        with pytest.raises(Failed, match="no memory"):
+        with pytest.raises(Unanswered, match="no memory"):
             list(stream)
     after = ours.submit(Request((6,), 5))
     run(ours)
