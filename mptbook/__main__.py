@@ -21,6 +21,7 @@ VERBS = {
     "serve": ("mptbook.serve.command", "Serve", "answer over HTTP, as OpenAI's servers do"),
     "longcontext": ("mptbook.eval.longcontext", "LongContext", "what a model makes of long texts"),
     "prefer": ("mptbook.finetune.preference", "Preference", "learn which answers people like"),
+    "export": ("mptbook.export.command", "Export", "write a model in another form"),
     "plan": ("mptbook.plan.command", "Plan", "memory, days and cost of a run, beforehand"),
     "bench attention": ("mptbook.bench.attention", "BenchAttention", "attention beside its peers"),
     "bench norms": ("mptbook.bench.norms", "BenchNorms", "norms in full and low precision"),

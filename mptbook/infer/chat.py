@@ -8,8 +8,7 @@ from pydantic_settings import CliPositionalArg
 
 from mptbook.directory import find_directory
 from mptbook.infer.generate import complete
-from mptbook.infer.load import load
-from mptbook.infer.quantize import Bits
+from mptbook.infer.load import BitsSetting, load
 from mptbook.infer.request import Request
 from mptbook.infer.sampling import check_sampling
 from mptbook.model.mpt import MPT
@@ -78,7 +77,9 @@ class Ask(RunSettings):
     top_k: PositiveInt | None = Field(None, description="choose among the k most likely")
     top_p: float | None = Field(None, description="choose among the likeliest that reach p")
     seed: int = Field(0, description="the same seed gives the same answer")
-    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
+    bits: BitsSetting | None = Field(
+        None, description="of a weight: 16, 8 or 4; none: as it is stored"
+    )
 
     def run(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)

@@ -9,8 +9,7 @@ from pydantic_settings import CliPositionalArg
 
 from mptbook.directory import find_directory
 from mptbook.infer.engine import Engine
-from mptbook.infer.load import load
-from mptbook.infer.quantize import Bits
+from mptbook.infer.load import BitsSetting, load
 from mptbook.infer.request import Request, Stream
 from mptbook.infer.sampling import check_sampling
 from mptbook.infer.slots import CHUNK, Slots
@@ -144,7 +143,9 @@ class Generate(RunSettings):
     top_p: float | None = Field(0.95, description="choose among the likeliest that reach p")
     seed: int = Field(0, description="the same seed gives the same text")
     stop: list[str] = Field([], description="strings that end the text")
-    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
+    bits: BitsSetting | None = Field(
+        None, description="of a weight: 16, 8 or 4; none: as it is stored"
+    )
 
     def run(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)

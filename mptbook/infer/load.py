@@ -9,9 +9,10 @@ programs do not look, and refuse the directory instead of misreading it: a weigh
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from mptbook.directory import (
@@ -46,6 +47,10 @@ from mptbook.weights import (
     write_tensors,
 )
 
+# `Bits` as a setting: a command line knows words only.
+BitsSetting = Annotated[
+    Bits, BeforeValidator(lambda given: int(given) if str(given).isdecimal() else given)
+]
 PACKED = "packed.safetensors"
 RANGES = {8: (-127, 128), 4: (0, 256)}  # of the numbers stored
 SHARD_BYTES = 1_000_000_000  # of a file of packed weights; all of it is in memory once

@@ -12,8 +12,7 @@ from pydantic_settings import CliPositionalArg
 
 from mptbook.directory import find_directory
 from mptbook.infer.engine import Engine
-from mptbook.infer.load import load, weight_bytes
-from mptbook.infer.quantize import Bits
+from mptbook.infer.load import BitsSetting, load, weight_bytes
 from mptbook.infer.slots import CacheDtype, Slots
 from mptbook.model.mpt import MPT
 from mptbook.serve.limits import Limits
@@ -43,7 +42,9 @@ class Serve(RunSettings):
         "", description="instruct, instruct-card, chatml, or a Jinja file; none: the model's own"
     )
     device: str = Field("", description="cpu or cuda; none: cuda where there is one")
-    bits: Bits | None = Field(None, description="of a weight: 16, 8 or 4; none: as it is stored")
+    bits: BitsSetting | None = Field(
+        None, description="of a weight: 16, 8 or 4; none: as it is stored"
+    )
     slots: PositiveInt = Field(8, description="requests that are written at once")
     tokens: NonNegativeInt = Field(
         0,
