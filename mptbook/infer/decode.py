@@ -116,10 +116,12 @@ class Decoder:
         x = transformer.wte(ids).float()
         if config.has_positions:
             x = x + transformer.wpe(torch.tensor(lengths)).float()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         where = np.array(slots, np.int64), np.array(lengths, np.int64)
         weights = self.layers, self.norm_f, self.head
         logits = torch.from_numpy(step(x.numpy(), weights, cache, *where, self.slopes, self.shape))
+        torch.set_num_threads(threads)  # numba's OpenMP layer has set its own number for both
         factor = config.logit_factor
         return logits if factor == 1 else logits * factor
 

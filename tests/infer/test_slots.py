@@ -1,5 +1,6 @@
 import functools
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,3 +177,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     assert slots.lengths == [5, 8]
     with pytest.raises(ValueError, match="0 slots of 8 tokens"):
         Slots(model(), 0, 8)
+
+
+def test_writing_takes_as_many_threads_as_pytorch_may_and_leaves_it_so():
+    slots = Slots(model(), 2, 9)
+    slots.decode([0, 1], [3, 4])
+    assert torch.get_num_threads() == 1  # as the whole session has it
+    assert numba.get_num_threads() == 1

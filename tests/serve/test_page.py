@@ -50,8 +50,9 @@ def test_a_chat_by_keyboard_streams_and_remembers(browser, running, monkeypatch)
         running.served, "chat", lambda body: asked.append(body) or plain(body), raising=True
     )
     slowed(running, monkeypatch)
+    writes(monkeypatch, "sat ")  # what comes back must be short as tokens
     page = ready(browser.open(running.url))
-    page.value("document.querySelector('#max_tokens').value = 40")
+    page.value("document.querySelector('#max_tokens').value = 30")
     page.type("the cat")
     page.press("Enter", modifiers=8)  # a new line, not sent
     page.type("sat")
@@ -71,7 +72,8 @@ def test_a_chat_by_keyboard_streams_and_remembers(browser, running, monkeypatch)
     page.until(IDLE)
     turns = [(turn.role, turn.content) for turn in asked[1].messages]
     assert turns == [("user", "the cat\nsat"), ("assistant", answer), ("user", "why")]
-    assert asked[1].max_tokens == 40
+    assert asked[1].max_tokens == 30
+    assert answer == "sat " * 30
     assert page.complaints() == []
 
 

@@ -299,7 +299,7 @@ def test_who_is_slow_to_ask_is_hung_up_on(serving):
         body = talk(running, head + b"Content-Length: 500\r\n\r\n{")
         assert body.startswith(b"HTTP/1.1 408 ")
         assert b"did not come within 0.4 s" in body
-        assert 1.2 < time.monotonic() - began < 4
+        assert 1.2 < time.monotonic() - began < 10
         assert running.complete(max_tokens=1).status_code == 200
 
 
@@ -310,13 +310,13 @@ def test_a_trickle_does_not_prolong_it(serving):
             began = time.monotonic()
 
             def trickle():
-                while time.monotonic() - began < 4:
+                while time.monotonic() - began < 8:
                     own.sendall(b"G")
                     time.sleep(0.05)
 
             with pytest.raises(OSError, match=r"reset|Broken pipe"):
                 trickle()
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 6
 
 
 def test_what_is_no_http_is_answered_with_the_error_object(running):
