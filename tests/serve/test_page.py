@@ -49,10 +49,10 @@ def test_a_chat_by_keyboard_streams_and_remembers(browser, running, monkeypatch)
     monkeypatch.setattr(
         running.served, "chat", lambda body: asked.append(body) or plain(body), raising=True
     )
-    slowed(running, monkeypatch)
+    slowed(running, monkeypatch, 0.1)
     writes(monkeypatch, "sat ")  # what comes back must be short as tokens
     page = ready(browser.open(running.url))
-    page.value("document.querySelector('#max_tokens').value = 30")
+    page.value("document.querySelector('#max_tokens').value = 12")
     page.type("the cat")
     page.press("Enter", modifiers=8)  # a new line, not sent
     page.type("sat")
@@ -72,8 +72,8 @@ def test_a_chat_by_keyboard_streams_and_remembers(browser, running, monkeypatch)
     page.until(IDLE)
     turns = [(turn.role, turn.content) for turn in asked[1].messages]
     assert turns == [("user", "the cat\nsat"), ("assistant", answer), ("user", "why")]
-    assert asked[1].max_tokens == 30
-    assert answer == "sat " * 30
+    assert asked[1].max_tokens == 12
+    assert answer == "sat " * 12
     assert page.complaints() == []
 
 
