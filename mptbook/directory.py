@@ -117,13 +117,16 @@ def write_about(
 
 
 @contextmanager
-def fresh_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
     """A folder to write a model directory into, which gets the place of `path` at the end.
 
     Raises:
-        ValueError: if `path` exists and is not a model directory, or holds other files too.
+        ValueError: if `path` exists and `replace` is not set, or if it is not a model directory,
+            or holds other files too.
     """
     folder = Path(path).resolve()
+    if folder.exists() and not replace:
+        raise ValueError(f"{path} is there already; choose another folder, or remove it")
     _refuse_to_replace(folder, path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:

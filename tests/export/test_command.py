@@ -1,8 +1,13 @@
+import json
+import sys
+
 import pytest
 import torch
+from exported_model import export_model_of_width
 
 from mptbook import Tokenizer, save_model
 from mptbook.__main__ import main
+from mptbook.bench.measure import peak_memory
 from mptbook.infer.generate import generate
 from mptbook.infer.load import load
 from mptbook.model.config import MPTConfig
@@ -44,6 +49,13 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
         ([str(folder / "none"), "--to", "int8", "--out", str(out)], "does not exist"),
         ([str(folder), "--to", "int8", "--out", str(folder)], "is the model itself"),
         ([str(folder), "--to", "int8", "--out", str(folder.parent / "other")], "thesis.txt"),
+        ([str(folder), "--to", "gguf", "--out", str(folder.parent / "other")], "is there already"),
+        (
+            [str(folder), "--to", "gguf", "--out", str(out), "--dtype", "q2"],
+            "f32 and bf16 and q8_0",
+        ),
+        ([str(folder), "--to", "int8", "--out", str(out), "--dtype", "q8_0"], "int8 says it all"),
+        ([str(folder), "--to", "fastertransformer", "--out", str(out), "--gpus", "3"], "3 GPUs"),
     ]:
         assert main(["export", *arguments]) == 2
         error = capsys.readouterr().err
@@ -52,3 +64,78 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
     assert not out.exists()
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder.parent / "other" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "said"),
+    [
+        ("hf", "", "of 16 tokens that hf wrote, 16 are those that mptbook finds likeliest"),
+        ("gguf", "", "of 16 tokens that gguf wrote, 16"),
+        ("gguf", "q8_0", "of 16 tokens that gguf wrote, "),
+        ("ctranslate2", "", "of 16 tokens that ctranslate2 wrote, 16"),
+        ("fastertransformer", "fp32", "read back: weights differ by at most 0.0e+00"),
+        ("vllm", "", "not verified: start vLLM on it"),
+    ],
+)
+def test_an_export_says_what_its_engine_makes_of_it(folder, capsys, target, dtype, said):
+    out = folder.parent / "out"
+    how = ["--dtype", dtype] if dtype else []
+    assert main(["export", str(folder), "--to", target, "--out", str(out), *how]) == 0
+    assert said in capsys.readouterr().out
+    assert any(out.rglob("*"))
+
+
+def test_an_engine_that_answers_otherwise_leaves_nothing(folder, capsys, monkeypatch):
+    from mptbook.export import ctranslate2
+
+    def wrong(out, ids, new_tokens):
+        return [(token, log - 0.2) for token, log in right(out, ids, new_tokens)]
+
+    right = ctranslate2.greedy
+    monkeypatch.setattr(ctranslate2, "greedy", wrong)
+    how = ["export", str(folder), "--to", "ctranslate2", "--out", str(folder.parent / "out")]
+    assert main(how) == 2
+    assert "by at most 2.0e-01 nats; in float32 that is not rounding" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+    assert main([*how, "--no-verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
+
+
+def test_a_missing_engine_is_one_line_that_says_how_to_have_it(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    out = folder.parent / "out"
+    how = ["export", str(folder), "--to", "gguf", "--out", str(out)]
+    assert main(how) == 2
+    error = capsys.readouterr().err
+    assert "xllamacpp, which is not here: pip install 'mptbook[export]'" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+    assert main([*how, "--no-verify"]) == 0
+
+
+def test_packed_weights_and_fields_that_get_lost_are_refused(folder, capsys):
+    packed, out = folder.parent / "packed", folder.parent / "out"
+    assert main(["export", str(folder), "--to", "int8", "--out", str(packed)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(packed), "--to", "gguf", "--out", str(out)]) == 2
+    assert "packed in fewer bits" in capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    config["attn_config"]["alibi_bias_max"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["export", str(folder), "--to", "hf", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "hf cannot express alibi_bias_max=16 and would compute alibi_bias_max=8" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "ctranslate2", "fastertransformer"])
+def test_an_export_never_holds_the_model_twice(tmp_path, target):
+    for width in (16, 512):
+        torch.manual_seed(0)
+        shape = {"n_heads": 8, "n_layers": 8, "max_seq_len": 64, "vocab_size": 2048}
+        tokenizer = train_bpe(["the cat sat on the mat\n"] * 5, 290)
+        save_model(MPT(MPTConfig(d_model=width, **shape)), tmp_path / f"{width}", tokenizer)
+    size = (tmp_path / "512" / "model.safetensors").stat().st_size  # 105 MB
+    # Pages of the file that is read count, too, though the system can have them back.
+    assert peak_memory(export_model_of_width, target, str(tmp_path), 512) < 1.5 * size

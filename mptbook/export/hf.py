@@ -1,0 +1,68 @@
+"""A directory for transformers' own MPT, and for vLLM up to 0.28, which reads the same files.
+
+A model directory of ours is one already. What an export adds is that the fields are looked at
+first (see `mptbook.export.fields`), another dtype, and the names that these readers look for.
+"""
+
+from pathlib import Path
+
+import torch
+
+from mptbook.directory import ABOUT, read_config
+from mptbook.export.fields import refuse
+from mptbook.export.verify import Written
+from mptbook.model.mpt import MPT
+from mptbook.weights import read_json, read_weights, write_json, write_weights
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 2_000_000_000  # in memory once, in the new dtype
+
+
+def write(folder: Path, out: Path, dtype: str, target: str = "hf") -> None:
+    """Copy a model directory into the folder `out`, its weights in `dtype`.
+
+    Raises:
+        ValueError: for a field that the readers of `target`, hf or vllm, pass over.
+    """
+    config = read_config(folder)
+    refuse(config, target)
+    with torch.device("meta"):
+        model = MPT(config)
+    kind = getattr(torch, dtype)
+    described = {name: weight.to(kind) for name, weight in model.named_parameters()}
+
+    def fetch(names: list[str]) -> dict[str, torch.Tensor]:
+        wanted = set(names)
+        return {n: w.to(kind) for n, w in read_weights(folder, model) if n in wanted}
+
+    write_weights(described, out, SHARD_BYTES, fetch)
+    for pattern in ABOUT:
+        for file in folder.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                (out / file.name).write_bytes(file.read_bytes())
+    released = read_json(folder / "config.json") | config.to_hf()
+    released |= {"architectures": ["MptForCausalLM"], "dtype": dtype}
+    write_json(out / "config.json", released)
+
+
+@torch.inference_mode()
+def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
+    """What transformers' own MPT writes, with its cache, the likeliest token at each place."""
+    from transformers import MptForCausalLM
+
+    model = MptForCausalLM.from_pretrained(out, local_files_only=True).eval()
+    answer = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    written = answer.sequences[0, len(ids) :].tolist()
+    logs = [logits[0].float().log_softmax(-1) for logits in answer.logits]
+    return [(token, float(log[token])) for token, log in zip(written, logs, strict=True)]

@@ -1,0 +1,80 @@
+"""An exported model beside ours: what its engine writes, and how likely we find it."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from mptbook.directory import load_model
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.tokenizer import Tokenizer
+
+PROMPT_TOKENS, NEW_TOKENS = 48, 16  # far enough for the slopes of ALiBi to tell
+TEXT = """It was late in the afternoon when the letter came. Nobody had expected it, and for a
+while it lay on the table between the cups, unopened, as if it could be sent back."""
+
+# Tokens, and the log-probability of each, in nats: NaN where an engine does not tell it.
+Written = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an engine wrote, judged by ours.
+
+    Args:
+        tokens: that it wrote.
+        same: of them, those that ours finds the likeliest at their place too.
+        difference: the largest between its log-probability of a token and ours, in nats.
+    """
+
+    tokens: int
+    same: int
+    difference: float
+
+
+def some_prompt(tokenizer: Tokenizer | None, model_tokens: int, vocab_size: int) -> list[int]:
+    """A prompt that leaves room for an answer in a model of so many tokens."""
+    n_tokens = max(1, min(PROMPT_TOKENS, model_tokens - NEW_TOKENS))
+    if tokenizer is not None:
+        return tokenizer.encode(TEXT)[:n_tokens]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (n_tokens,), generator=generator).tolist()
+
+
+@torch.inference_mode()
+def compare(model: MPT, prompt: Sequence[int], written: Written) -> Comparison:
+    """What ours says of tokens that an engine wrote to a prompt, the likeliest at each place.
+
+    Ours reads the engine's own tokens, so a difference at one place does not show at the next.
+    """
+    tokens = torch.tensor([token for token, _ in written])
+    theirs = torch.tensor([log_probability for _, log_probability in written])
+    ids = torch.tensor([*prompt, *tokens.tolist()])
+    logits = model(ids[None])[0, len(prompt) - 1 : -1].float()
+    ours = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+    same = int((logits.argmax(dim=-1) == tokens).sum())
+    apart = (ours - theirs).abs()
+    return Comparison(len(written), same, float(apart[~apart.isnan()].max()))
+
+
+def compared(folder: Path, prompt: Sequence[int], written: Written) -> Comparison:
+    """`compare` with the model of a directory, in float32."""
+    return compare(load_model(folder, torch.float32), prompt, written)
+
+
+def engine(name: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this needs {error.name}, which is not here: pip install 'mptbook[export]'; what only "
+            "reads the result is not needed with --no-verify"
+        ) from None

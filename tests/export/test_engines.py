@@ -1,0 +1,180 @@
+"""What other engines make of our models: the same, or a refusal."""
+
+import math
+import re
+
+import pytest
+import torch
+from exported_model import PROMPT, UNUSUAL, make
+
+from mptbook.export import ctranslate2, fields, gguf, hf, verify
+from mptbook.export.fields import EVERY, HONOURED, refuse, unusual
+from mptbook.model.config import MPTConfig
+
+# Nats. llama.cpp takes GELU from a table of float16 numbers.
+ENGINES = {"hf": (hf, 1e-3), "ctranslate2": (ctranslate2, 1e-3), "gguf": (gguf, 0.05)}
+HERE = [(name, field) for name in ENGINES for field in sorted(HONOURED[name])]
+LOST = [(name, field) for name in HONOURED for field in sorted(EVERY - HONOURED[name])]
+
+
+def written_by(target, folder, dtype=None):
+    out = folder.parent / target
+    out.mkdir()
+    engine = ENGINES[target][0]
+    engine.write(folder, out, dtype or engine.DTYPES[0])
+    return verify.compared(folder, PROMPT, engine.greedy(out, PROMPT, 12))
+
+
+def test_every_field_of_these_tests_is_one_that_exports_look_at():
+    assert UNUSUAL.keys() == EVERY
+    for name, changes in UNUSUAL.items():
+        config = MPTConfig(d_model=48, n_heads=6, n_layers=1).replace(**changes)
+        assert name in unusual(config)
+    assert unusual(MPTConfig.named("mpt-30b")) == {}
+    assert unusual(MPTConfig.named("mpt-7b-storywriter")) == {
+        "alibi_bias_max": (16, 8),
+        "clip_qkv": (6, None),
+    }
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_an_engine_writes_what_ours_writes(target, tmp_path):
+    found = written_by(target, make(tmp_path / "m"))
+    assert (found.tokens, found.same) == (12, 12)
+    assert found.difference < ENGINES[target][1]
+
+
+@pytest.mark.parametrize(("target", "field"), HERE)
+def test_a_field_that_an_engine_knows_is_honoured(target, field, tmp_path):
+    found = written_by(target, make(tmp_path / "m", **UNUSUAL[field]))
+    assert found.same == 12
+    assert found.difference < ENGINES[target][1]
+
+
+@pytest.mark.parametrize(("target", "field"), LOST)
+def test_a_field_that_an_engine_passes_over_is_refused_by_name_and_value(target, field):
+    config = MPTConfig(d_model=48, n_heads=6, n_layers=1).replace(**UNUSUAL[field])
+    with pytest.raises(ValueError, match=f"{target} cannot express ") as caught:
+        refuse(config, target)
+    value, usual = unusual(config)[field]
+    if field != "learned_pos_emb":  # no ALiBi either, which is named first
+        assert f"{field}={value} and would compute {field}={usual} in its place" in str(
+            caught.value
+        )
+    assert re.search(r"export to .*onnx", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("target", "field"),
+    [
+        ("hf", "alibi_bias_max"),
+        ("hf", "alibi"),
+        ("hf", "logit_scale"),
+        ("ctranslate2", "alibi_bias_max"),
+        ("ctranslate2", "clip_qkv"),
+        ("ctranslate2", "softmax_scale"),
+        ("gguf", "softmax_scale"),
+        ("gguf", "logit_scale"),
+    ],
+)
+def test_what_is_refused_would_have_been_another_model(target, field, tmp_path, monkeypatch):
+    monkeypatch.setitem(fields.HONOURED, target, EVERY)
+    found = written_by(target, make(tmp_path / "m", **UNUSUAL[field]))
+    assert found.difference > 0.2
+
+
+def test_storywriters_slopes_and_clipping_reach_llama_cpp(tmp_path):
+    found = written_by("gguf", make(tmp_path / "m", alibi_bias_max=16, clip_qkv=0.75))
+    assert found.same == 12
+    assert found.difference < 0.05
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "most"),
+    [
+        ("hf", "bfloat16", 1.0),
+        ("hf", "float16", 0.2),
+        ("ctranslate2", "float16", 0.2),
+        ("ctranslate2", "int8", 3.0),
+        ("gguf", "bf16", 1.0),
+        ("gguf", "q8_0", 3.0),
+    ],
+)
+def test_fewer_bits_are_near(target, dtype, most, tmp_path):
+    found = written_by(target, make(tmp_path / "m"), dtype)
+    exact = ENGINES[target][1]
+    assert exact < found.difference < most  # rounded, and not beyond what rounding does
+    assert found.same > 6
+
+
+def test_four_bits_in_llama_cpp_are_those_of_its_own_rounding(tmp_path):
+    import gguf as library
+
+    folder = make(tmp_path / "m")
+    gguf.write(folder, tmp_path, "q4_0")
+    weights = {t.name: t for t in library.GGUFReader(tmp_path / "model-q4_0.gguf").tensors}
+    tensor = weights["blk.1.ffn_up.weight"]
+    restored = library.dequantize(tensor.data, tensor.tensor_type)
+    from mptbook import load_model
+
+    weight = load_model(folder).transformer.blocks[1].ffn.up_proj.weight
+    error = torch.from_numpy(restored) - weight
+    # A block of 32 is cut into 16 steps from its largest number on.
+    largest = weight.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True)
+    assert (error.unflatten(1, (-1, 32)).abs() <= largest / 8 + 1e-3).all()
+    assert weights["output_norm.weight"].tensor_type == library.GGMLQuantizationType.F32
+
+
+def test_weights_stored_in_sixteen_bits_are_widened_exactly(tmp_path):
+    found = written_by("ctranslate2", make(tmp_path / "m", torch.bfloat16))
+    assert found.difference < 1e-3
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path):
+    folder = make(tmp_path / "m", d_model=72)
+    with pytest.raises(ValueError, match="d_model is 72, but q4_0 packs 32 numbers together"):
+        gguf.write(folder, tmp_path, "q4_0")
+
+
+def test_llama_cpp_splits_texts_as_our_tokenizer_does(tmp_path):
+    from mptbook import Tokenizer
+
+    llama = pytest.importorskip("xllamacpp")
+    folder = make(tmp_path / "m")
+    gguf.write(folder, tmp_path, "f32")
+    settings = llama.CommonParams()
+    settings.model.path = str(tmp_path / "model-f32.gguf")
+    settings.n_ctx, settings.warmup, settings.verbosity = 64, False, -1
+    server, ours = llama.Server(settings), Tokenizer.load(folder)
+    for text in [
+        "the cat  sat, 3 times\n\n  at",
+        "Na\u00efve caf\u00e9 \u2014 \u6771\u4eac 123,456.78 don't they'll",
+        "def f(x):\n    return x\n\t\tend   ",
+        "<|endoftext|> a\u00a0b  \u3000 c \U0001f600\r\n",
+    ]:
+        question = {"content": text, "add_special": False, "parse_special": False}
+        assert gguf._ask(server, "/tokenize", question)["tokens"] == ours.encode(text)
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path):
+    import tokenizers
+
+    folder = make(tmp_path / "m")
+    file = str(folder / "tokenizer.json")
+    other = tokenizers.Tokenizer.from_file(file)
+    other.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    other.save(file)
+    with pytest.raises(ValueError, match=r"splits texts by .*Whitespace"):
+        gguf.write(folder, tmp_path, "f32")
+
+
+def test_a_likelihood_that_is_not_told_is_not_compared(tmp_path):
+    folder = make(tmp_path / "m")
+    out = tmp_path / "o"
+    out.mkdir()
+    ctranslate2.write(folder, out, "float32")
+    (first, log), *rest = ctranslate2.greedy(out, PROMPT, 5)
+    told = verify.compared(folder, PROMPT, [(first, math.nan), *rest])
+    assert told.difference < 1e-3
+    wrong = verify.compared(folder, PROMPT, [(first, log + 0.5), *rest])
+    assert wrong.difference == pytest.approx(0.5, abs=1e-3)
