@@ -59,6 +59,7 @@ def test_the_steps_of_mptbook_are_those_of_pretraining():
         optim.rates(4800),
         steps=3,
         clip=optim.clip,
+        precision="bf16",
     )
     assert [log.loss for log in logs] == [next(taken) for _ in range(3)]
     for one, other in zip(ours.parameters(), expected.parameters(), strict=True):

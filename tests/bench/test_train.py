@@ -17,7 +17,7 @@ from mptbook.bench.train import (
 )
 
 TINY = {"d_model": 48, "n_layers": 2, "n_heads": 3, "vocab_size": 37}
-SETTINGS = TINY | {"row_tokens": [17], "batch_tokens": 51, "repeats": 5}
+SETTINGS = TINY | {"row_tokens": [17], "batch_tokens": 51, "repeats": 5, "precision": "bf16"}
 
 
 class Here:
