@@ -8,16 +8,17 @@ from pydantic import Field, PositiveInt
 from pydantic_settings import CliPositionalArg
 
 from mptbook.directory import find_directory, fresh_directory, read_config
-from mptbook.export import ctranslate2, fastertransformer, gguf, hf, verify
+from mptbook.export import ctranslate2, fastertransformer, gguf, hf, onnx, verify
 from mptbook.infer.load import save_packed
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
-Target = Literal["int8", "int4", "hf", "vllm", "gguf", "ctranslate2", "fastertransformer"]
+Target = Literal["int8", "int4", "hf", "vllm", "onnx", "gguf", "ctranslate2", "fastertransformer"]
 PACKED = {"int8": 8, "int4": 4}
 ENGINES = {
     "hf": hf,
     "vllm": hf,
+    "onnx": onnx,
     "gguf": gguf,
     "ctranslate2": ctranslate2,
     "fastertransformer": fastertransformer,
@@ -34,7 +35,7 @@ class Export(RunSettings):
     )
     to: Target = Field(
         description="int8 or int4: packed weights, for generate, ask and serve. hf: for "
-        "transformers' own MPT; vllm: for vLLM up to 0.28; gguf: for "
+        "transformers' own MPT; vllm: for vLLM up to 0.28; onnx: for onnxruntime; gguf: for "
         "llama.cpp; ctranslate2; fastertransformer"
     )
     out: Path = Field(description="the new directory")

@@ -42,6 +42,7 @@ def write(folder: Path, out: Path, dtype: str, target: str = "hf") -> None:
                 (out / file.name).write_bytes(file.read_bytes())
     released = read_json(folder / "config.json") | config.to_hf()
     released |= {"architectures": ["MptForCausalLM"], "dtype": dtype}
+    del released["attn_config"]["kv_n_heads"]  # vLLM trips over it, and here it says nothing
     write_json(out / "config.json", released)
 
 

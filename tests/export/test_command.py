@@ -70,6 +70,7 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
     ("target", "dtype", "said"),
     [
         ("hf", "", "of 16 tokens that hf wrote, 16 are those that mptbook finds likeliest"),
+        ("onnx", "", "of 16 tokens that onnx wrote, 16"),
         ("gguf", "", "of 16 tokens that gguf wrote, 16"),
         ("gguf", "q8_0", "of 16 tokens that gguf wrote, "),
         ("ctranslate2", "", "of 16 tokens that ctranslate2 wrote, 16"),
@@ -129,7 +130,7 @@ def test_packed_weights_and_fields_that_get_lost_are_refused(folder, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("target", ["hf", "gguf", "ctranslate2", "fastertransformer"])
+@pytest.mark.parametrize("target", ["hf", "onnx", "gguf", "ctranslate2", "fastertransformer"])
 def test_an_export_never_holds_the_model_twice(tmp_path, target):
     for width in (16, 512):
         torch.manual_seed(0)

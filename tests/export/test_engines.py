@@ -7,12 +7,17 @@ import pytest
 import torch
 from exported_model import PROMPT, UNUSUAL, make
 
-from mptbook.export import ctranslate2, fields, gguf, hf, verify
+from mptbook.export import ctranslate2, fields, gguf, hf, onnx, verify
 from mptbook.export.fields import EVERY, HONOURED, refuse, unusual
 from mptbook.model.config import MPTConfig
 
 # Nats. llama.cpp takes GELU from a table of float16 numbers.
-ENGINES = {"hf": (hf, 1e-3), "ctranslate2": (ctranslate2, 1e-3), "gguf": (gguf, 0.05)}
+ENGINES = {
+    "hf": (hf, 1e-3),
+    "ctranslate2": (ctranslate2, 1e-3),
+    "onnx": (onnx, 1e-3),
+    "gguf": (gguf, 0.05),
+}
 HERE = [(name, field) for name in ENGINES for field in sorted(HONOURED[name])]
 LOST = [(name, field) for name in HONOURED for field in sorted(EVERY - HONOURED[name])]
 
