@@ -39,6 +39,7 @@ VERBS = {
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
     "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
     "bench generate": ("mptbook.bench.generate", "BenchGenerate", "tokens a second beside peers"),
+    "bench serve": ("mptbook.bench.serve", "BenchServe", "a server asked one by one and at once"),
     "bench evaluate": ("mptbook.bench.evaluate", "BenchEvaluate", "tasks put to three models"),
     "bench finetune": ("mptbook.bench.finetune", "BenchFinetune", "learn to answer; before, after"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),

@@ -67,6 +67,19 @@ def test_the_command_serves_until_it_is_told_to_end_and_finishes_what_runs(folde
             httpx.get(f"{url}/health")
 
 
+def test_who_reads_the_line_can_ask_or_end_the_server_at_once(folder):
+    words = [sys.executable, "-m", "mptbook", "serve", str(folder), "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != KEY}
+    how = {"env": environment | {"OMP_NUM_THREADS": "1"}, "text": True}
+    for asks in (True, False):
+        with subprocess.Popen(words, stdout=subprocess.PIPE, **how) as process:
+            url = process.stdout.readline().split()[2].rstrip(":")
+            if asks:
+                assert httpx.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_other_machines_may_not_ask_without_a_key(folder, capsys, monkeypatch, host):
     monkeypatch.delenv(KEY, raising=False)
