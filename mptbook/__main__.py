@@ -39,11 +39,17 @@ VERBS = {
     "bench context": ("mptbook.bench.context", "BenchContext", "train on longer and longer rows"),
     "bench fsdp": ("mptbook.bench.fsdp", "BenchFSDP", "what a process holds of a sharded model"),
     "bench generate": ("mptbook.bench.generate", "BenchGenerate", "tokens a second beside peers"),
+    "bench serve": ("mptbook.bench.serve", "BenchServe", "a server asked one by one and at once"),
     "bench evaluate": ("mptbook.bench.evaluate", "BenchEvaluate", "tasks put to three models"),
     "bench finetune": ("mptbook.bench.finetune", "BenchFinetune", "learn to answer; before, after"),
     "bench prepare": ("mptbook.bench.prepare", "BenchPrepare", "texts to rows on disk"),
     "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }
+
+# How often a thread of a server looks whether the others are done, before it sleeps. By default
+# OpenMP looks for milliseconds: beside another such program each waits for threads that the
+# other's looking keeps from running, and a step takes 40 times as long (measured, two cores).
+SPINS = "1000"
 
 
 def usage() -> str:
@@ -69,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {verb} is not a verb; mptbook has {', '.join(VERBS)}", file=sys.stderr)
         return 2
     module, name, _ = VERBS[verb]
+    if verb == "serve" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # which is read when torch is loaded
     try:
         settings = getattr(importlib.import_module(module), name)
         settings.from_command_line(verb, rest).run()

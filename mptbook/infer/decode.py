@@ -15,7 +15,8 @@ Dimensions in this file
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numba
@@ -25,7 +26,17 @@ from numba import float32, int8, njit, prange, types, uint16, uint32
 from numba.extending import overload
 from torch import Tensor, nn
 
-from mptbook.infer.kernels import COMPILED, PARALLEL, Linear, Norm, gelu, multiply, normalise, widen
+from mptbook.infer.kernels import (
+    COMPILED,
+    PARALLEL,
+    Linear,
+    Norm,
+    gelu,
+    multiply,
+    normalise,
+    product,
+    widen,
+)
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
 from mptbook.model.mpt import MPT
 from mptbook.model.norms import Norm as NormModule
@@ -62,7 +73,7 @@ class Shape(NamedTuple):
     scale: float
 
 
-LAYERS = nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding
+LAYERS = nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding, NormModule
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -75,25 +86,22 @@ def is_plain(model: nn.Module) -> bool:
         return False
     attn_and_ffn = [part for block in model.transformer.blocks for part in (block.attn, block.ffn)]
     layers = [layer for part in attn_and_ffn for layer in part.children()]
-    return all(type(layer) in (*LAYERS, NormModule) for layer in layers)
+    return all(type(layer) in LAYERS for layer in layers)
 
 
 class Decoder:
     """The weights of a model as compiled code reads them; they stay where they are."""
 
     def __init__(self, model: MPT, windows: Sequence[Sequence[int]]) -> None:
-        config = model.config
-        blocks = model.transformer.blocks
-        self.layers = tuple(
-            _layer(block, each) for block, each in zip(blocks, windows, strict=True)
-        )
+        config, blocks = model.config, model.transformer.blocks
+        layers = tuple(_layer(block, each) for block, each in zip(blocks, windows, strict=True))
         attn, norm = blocks[0].attn, blocks[0].norm_1
         clip = math.inf if attn.clip is None else float(attn.clip)
         self.shape = Shape(
             attn.n_heads, attn.kv_heads, attn.width, norm.eps, norm.rms, clip, float(attn.scale)
         )
-        self.norm_f = _norm(model.transformer.norm_f)
         self.head = _linear(model.transformer.wte if config.tie_word_embeddings else model.lm_head)
+        self.weights = layers, _norm(model.transformer.norm_f), self.head
         self.slopes = model.slopes.numpy()
         self.model = model
 
@@ -101,29 +109,39 @@ class Decoder:
     def __call__(
         self, cache: Cache, slots: Sequence[int], lengths: list[int], ids: Tensor
     ) -> Tensor:
-        """Logits after one more token in each of some slots.
+        """(R, V) float32 logits after one more token in each of some slots.
 
         Args:
             cache: extended by the keys and values of the tokens.
             slots: (R,), which of them, no one twice.
             lengths: (R,) tokens that each holds before.
             ids: (R,) int64.
-
-        Returns:
-            (R, V) float32.
         """
-        transformer, config = self.model.transformer, self.model.config
+        transformer = self.model.transformer
         x = transformer.wte(ids).float()
-        if config.has_positions:
+        if self.model.config.has_positions:
             x = x + transformer.wpe(torch.tensor(lengths)).float()
-        threads = torch.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         where = np.array(slots, np.int64), np.array(lengths, np.int64)
-        weights = self.layers, self.norm_f, self.head
-        logits = torch.from_numpy(step(x.numpy(), weights, cache, *where, self.slopes, self.shape))
-        torch.set_num_threads(threads)  # numba's OpenMP layer has set its own number for both
-        factor = config.logit_factor
-        return logits if factor == 1 else logits * factor
+        with _threads():
+            found = step(x.numpy(), self.weights, cache, *where, self.slopes, self.shape)
+        return self._scaled(found)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, V) float32 of the (R, D) of `MPT.hidden`; the head is read once, and not widened."""
+        with _threads():
+            return self._scaled(product(self.head, hidden.float().numpy()))
+
+    def _scaled(self, logits: np.ndarray) -> Tensor:
+        found, factor = torch.from_numpy(logits), self.model.config.logit_factor
+        return found if factor == 1 else found * factor
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    numba.set_num_threads(min(n := torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    yield
+    torch.set_num_threads(n)  # numba's OpenMP layer has set its own number for both
 
 
 def _layer(block: nn.Module, windows: Sequence[int]) -> Layer:
@@ -198,9 +216,7 @@ def step(x, weights, cache, slots, lengths, slopes, shape):
         multiply(layer.down_proj, hidden, added)
         x += added
     normalise(norm_f, shape.eps, shape.rms, x, normed)
-    logits = np.empty((n_rows, head.weight.shape[0]), np.float32)
-    multiply(head, normed, logits)
-    return logits
+    return product(head, normed)
 
 
 @njit(**COMPILED)

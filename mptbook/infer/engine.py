@@ -1,8 +1,9 @@
 """Continuous batching: requests come and go while others are being written.
 
-The engine works in steps. A step admits requests to free slots, reads one chunk of one prompt,
-and writes one token for every request whose prompt is read: the weights are read once for all of
-them. A long prompt holds the others up by one chunk at a time; who is finished makes room.
+The engine works in steps. A step admits requests to free slots, reads one chunk of one prompt, or
+several short prompts together, and writes one token for every request whose prompt is read: the
+weights are read once for all of them. A long prompt holds the others up by one chunk at a time; who
+is finished makes room.
 
 Source: Yu et al., "Orca", OSDI 2022 (scheduling by iteration); Agrawal et al.,
 arXiv:2308.16369 (prompts in chunks between tokens).
@@ -13,12 +14,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
+from mptbook.infer.running import Running, longest, place, read_together
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -27,29 +28,13 @@ from mptbook.tokenizer.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Running:
-    """A request in a slot."""
-
-    stream: Stream
-    slot: int
-    read: int  # tokens of the prompt that are read
-    text: TextStream
-    generator: torch.Generator
-    born: float
-    written: int = 0
-    last: int = -1  # token that was chosen, and not read yet
-    predicted: Tensor | None = None  # with echo: logits after the tokens read so far
-    spoken: float = 0.0  # when
-
-
 class Engine:
     """Answers many requests side by side.
 
     Args:
         slots: the model and its cache: at most so many requests at once.
         tokenizer: ids that it has are chosen; a padded vocabulary has more.
-        chunk_tokens: of a prompt, read in one step.
+        chunk_tokens: of prompts, read in one step.
         queue: requests that may wait for a slot.
         observe: called with a name and seconds: time_to_first_token, inter_token_latency and
             e2e_request_latency.
@@ -74,8 +59,7 @@ class Engine:
         self._used = [0] * slots.n_slots  # step of its last use
         self._steps = 0
         self._n_ids = len(tokenizer)
-        self._changed = threading.Condition()
-        self._stopping = False
+        self._changed, self._stopping = threading.Condition(), False
         self._thread: threading.Thread | None = None
 
     @property
@@ -89,15 +73,7 @@ class Engine:
             ValueError: if it does not fit into a slot, or has an id that the tokenizer lacks.
             Busy: if too many wait already, or the engine is stopping.
         """
-        size = len(request.prompt) + request.max_new_tokens
-        if size > self.slots.n_tokens:
-            raise ValueError(
-                f"{len(request.prompt)} tokens and up to {request.max_new_tokens} more are {size}, "
-                f"but there is room for {self.slots.n_tokens}; shorten the prompt, or ask for fewer"
-            )
-        for token in request.prompt:
-            if not 0 <= token < self._n_ids:
-                raise ValueError(f"{token} is no token; the tokenizer has 0 to {self._n_ids - 1}")
+        request.check_fits(self.slots.n_tokens, self._n_ids)
         stream = Stream(request, listener)
         with self._changed:
             if self._stopping:
@@ -115,14 +91,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Admit, read one chunk of one prompt, write one token for each; whether there was work."""
+        """Admit, read one chunk of prompts, write one token for each; whether there was work."""
         self._steps += 1
         self._drop_cancelled()
         self._admit()
-        if not self.running:
-            return False
         if self.reading:
-            self._read_chunk(self.reading.popleft())
+            self._read_chunk()
+        elif not self.writing:
+            return False
         self._write_tokens([*self.writing])
         return True
 
@@ -183,38 +159,71 @@ class Engine:
 
     def _place(self, request: Request, free: Sequence[int]) -> tuple[int, int]:
         """A free slot, and how many tokens of the prompt it holds."""
-        common = [request.common(kept) for kept in self.kept]
-        # Of equals the one that was used longest ago, so that others keep what they have.
-        slot = max(free, key=lambda slot: (common[slot], -self._used[slot]))
-        source = max([slot, *range(len(common))], key=lambda slot: common[slot])
-        if source != slot:  # the beginning of one that is being written
-            slot = min(free, key=lambda slot: self._used[slot])
-            self.slots.copy(source, slot, common[source])
-        read = common[source]
+        slot, source, read = place(request, free, self.kept, self._used)
+        if source != slot:
+            self.slots.copy(source, slot, read)
         self.slots.crop(slot, read)
         self.kept[slot] = list(request.prompt[:read])
         return slot, read
 
-    def _read_chunk(self, one: Running) -> None:
+    def _read_chunk(self) -> None:
+        self._take_over(self.reading[0])
+        rows = read_together(self.reading, self.chunk_tokens)
+        one = rows[0]
+        try:
+            logits = self._read_whole(rows) if len(rows) > 1 else self._read_part(one)
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows, error)
+            else:
+                self._part(rows, error)
+            return
+        if one.read < len(one.prompt):
+            self.reading.append(one)  # behind the others: they take turns
+            return
+        self.writing += rows
+        if one.stream.request.max_new_tokens == 0:
+            self._end(one, "length")
+        else:
+            self._choose(rows, logits)
+
+    def _part(self, rows: Sequence[Running], error: Exception) -> None:
+        """Have prompts read one by one, so that a fault ends only the request it belongs to."""
+        log.warning("%d prompts are read again, one by one", len(rows), exc_info=error)
+        for one in reversed(rows):
+            self.slots.crop(one.slot, 0)
+            one.alone = True
+            self.reading.appendleft(one)
+
+    def _read_whole(self, rows: Sequence[Running]) -> Tensor:
+        """(R, V) logits after the prompts of some requests."""
+        prompts = [one.prompt for one in rows]
+        logits = self.slots.read_texts([one.slot for one in rows], prompts)
+        for one, prompt in zip(rows, prompts, strict=True):
+            one.read, self.kept[one.slot] = len(prompt), list(prompt)
+        return logits
+
+    def _read_part(self, one: Running) -> Tensor:
+        """(1, V) logits after one chunk more of a prompt."""
         request = one.stream.request
         chunk = list(request.prompt[one.read : one.read + self.chunk_tokens])
-        try:
-            logits = self.slots.read(one.slot, chunk, every=request.echo)
-            if request.echo:
-                self._echo(one, chunk, logits)
-                logits = logits[-1]
-            one.read += len(chunk)
-            self.kept[one.slot] += chunk
-            if one.read < len(request.prompt):
-                self.reading.append(one)  # behind the others: they take turns
-                return
-            self.writing.append(one)
-            if request.max_new_tokens == 0:
-                self._end(one, "length")
-            else:
-                self._choose(one, logits)
-        except Exception as error:
-            self._fail([one], error)
+        logits = self.slots.read(one.slot, chunk, every=request.echo)
+        if request.echo:
+            one.echo(chunk, logits[:, : self._n_ids])
+            logits = logits[-1]
+        one.read += len(chunk)
+        self.kept[one.slot] += chunk
+        return logits[None]
+
+    def _take_over(self, one: Running) -> None:
+        """Copy the beginning of a prompt from a slot that has read it since this was admitted."""
+        source, read = longest(one.stream.request, self.kept)
+        new = read - one.read
+        if new > 0:
+            self.slots.copy(source, one.slot, read)
+            one.read, self.kept[one.slot] = read, list(one.prompt[:read])
+            self.counts.reused_tokens += new
+            one.stream.prompt_tokens_reused += new
 
     def _write_tokens(self, rows: list[Running]) -> None:
         if not rows:
@@ -224,26 +233,36 @@ class Engine:
         except Exception as error:
             self._fail(rows, error)
             return
-        for one, row in zip(rows, logits, strict=True):
+        for one in rows:
             self.kept[one.slot].append(one.last)
+        self._choose(rows, logits)
+
+    def _choose(self, rows: list[Running], logits: Tensor) -> None:
+        """Choose a token for each of (R, V) logits, say it, and end those whose last it was."""
+        logits = logits[:, : self._n_ids].float()
+        # For all at once: each call lets other threads have the interpreter, and waits for it.
+        finite, likeliest = logits.isfinite().all(1).tolist(), logits.argmax(1).tolist()
+        for one, row, good, best in zip(rows, logits, finite, likeliest, strict=True):
             try:
-                self._choose(one, row)
+                if not good:
+                    raise Unanswered("the model gave logits that are not finite")
+                self._say(one, row, best if one.stream.request.temperature == 0 else None)
             except Exception as error:
                 self._fail([one], error)
 
-    def _choose(self, one: Running, logits: Tensor) -> None:
-        """Choose a token, say it, and end the request if it was the last."""
-        request, logits = one.stream.request, logits[: self._n_ids].float()
-        if not bool(logits.isfinite().all()):
-            raise Unanswered("the model gave logits that are not finite")
-        how = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p}
-        one.last = int(sample(logits[None], **how, generator=one.generator))
+    def _say(self, one: Running, logits: Tensor, chosen: int | None) -> None:
+        """Say a token: the one that is chosen, or else one that is sampled from (V,) logits."""
+        request = one.stream.request
+        if chosen is None:
+            how = {"temperature": request.temperature, "top_k": request.top_k}
+            drawn = sample(logits[None], **how, top_p=request.top_p, generator=one.generator)
+            chosen = int(drawn)
+        one.last = chosen
         one.written += 1
         self.counts.generation_tokens += 1
-        now = time.perf_counter()
         name = "inter_token_latency" if one.spoken else "time_to_first_token"
-        self.observe(name, now - (one.spoken or one.born))
-        one.spoken = now
+        before, one.spoken = one.spoken or one.born, time.perf_counter()
+        self.observe(name, one.spoken - before)
         token = Token.of(one.last, logits, request.logprobs)
         ended = one.last in request.stop_ids
         text = "" if ended else one.text.add(one.last)
@@ -253,17 +272,6 @@ class Engine:
             self._end(one, "length", text, token)
         else:
             one.stream.put(Piece(text, (token,)))
-
-    def _echo(self, one: Running, chunk: Sequence[int], logits: Tensor) -> None:
-        """Say the tokens of a chunk of the prompt, each with what was predicted for it."""
-        n_top = one.stream.request.logprobs
-        logits = logits[:, : self._n_ids]
-        first = one.predicted
-        said = [Token(chunk[0]) if first is None else Token.of(chunk[0], first, n_top)]
-        rows = zip(chunk[1:], logits[:-1], strict=True)
-        said += [Token.of(token, row, n_top) for token, row in rows]
-        one.predicted = logits[-1]
-        one.stream.put(Piece("", tuple(said)))
 
     def _end(self, one: Running, finish: str, text: str = "", *tokens: Token) -> None:
         if one in self.writing:

@@ -28,6 +28,7 @@ PARALLEL = COMPILED | {"parallel": True}
 GROUP = 64  # inputs that share a scale where weights have 4 bits
 HALF = GROUP // 2
 BLOCK = 32  # outputs that a thread has in one go
+ROWS = 4  # that are multiplied together
 
 
 class Linear(NamedTuple):
@@ -78,15 +79,32 @@ def multiply(linear, x, y):
 
 @overload(multiply, jit_options=COMPILED)
 def _multiply(linear, x, y):
-    one = multiply_nibbles if linear.types[0].dtype == types.uint8 else multiply_numbers
+    packed = linear.types[0].dtype == types.uint8
+    one = multiply_nibbles if packed else multiply_numbers
+    many = multiply_nibbles_rows if packed else multiply_numbers_rows
 
     def choose(linear, x, y):
-        if len(x) == 1:
+        n_rows = len(x)
+        if n_rows == 1:
             one(linear, x[0], y[0])
-        else:
-            multiply_rows(linear, x, y)
+        elif n_rows % ROWS == 0:
+            many(linear, x, y)
+        else:  # some rows of zeros cost less than loops for every number of rows
+            filled = np.zeros((n_rows + ROWS - n_rows % ROWS, x.shape[1]), np.float32)
+            filled[:n_rows] = x
+            found = np.empty((len(filled), y.shape[1]), np.float32)
+            many(linear, filled, found)
+            y[:] = found[:n_rows]
 
     return choose
+
+
+@njit(**COMPILED)
+def product(linear, x):
+    """(R, N) of `multiply`, in memory of its own."""
+    y = np.empty((len(x), linear.weight.shape[0]), np.float32)
+    multiply(linear, x, y)
+    return y
 
 
 @njit(**PARALLEL)
@@ -148,53 +166,65 @@ def multiply_nibbles(linear, x, y):
 
 
 @njit(**PARALLEL)
-def multiply_rows(linear, x, y):
-    """`multiply` of several rows: a weight is widened once for all of them."""
+def multiply_numbers_rows(linear, x, y):
+    """`multiply` of a multiple of `ROWS` rows, for weights of 8 bits or more."""
+    weight, scale, bias = linear
+    half = (len(weight) + 1) // 2
+    for i in prange(half):
+        k = min(i + half, len(weight) - 1)  # two streams; of an odd number one output comes twice
+        scale_i, scale_k = (scale[i], scale[k]) if scale.size else (float32(1), float32(1))
+        bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
+        for r in range(0, len(x), ROWS):
+            a, b = products(weight[i], weight[k], x[r : r + ROWS])
+            for row in range(ROWS):
+                y[r + row, i] = a[row] * scale_i + bias_i
+                y[r + row, k] = b[row] * scale_k + bias_k
+
+
+@njit(**PARALLEL)
+def multiply_nibbles_rows(linear, x, y):
+    """`multiply` of a multiple of `ROWS` rows, for weights of 4 bits: each is widened once."""
     weight, _, bias = linear
-    n_rows, width = x.shape
     n_blocks = (len(weight) + BLOCK - 1) // BLOCK
-    done = n_rows - n_rows % 4
     for block in prange(n_blocks):
-        wide = np.empty(width, np.float32)
-        for i in range(block * BLOCK, min(len(weight), (block + 1) * BLOCK)):
-            widen_row(linear, i, wide)
-            shift = bias[i] if bias.size else float32(0)
-            for r in range(0, done, 4):  # four sums for each number that is loaded
-                x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-                a = b = c = d = float32(0)
-                for j in range(width):
-                    w = wide[j]
-                    a += w * x0[j]
-                    b += w * x1[j]
-                    c += w * x2[j]
-                    d += w * x3[j]
-                y[r, i], y[r + 1, i] = a + shift, b + shift
-                y[r + 2, i], y[r + 3, i] = c + shift, d + shift
-            for r in range(done, n_rows):
-                only, a = x[r], float32(0)
-                for j in range(width):
-                    a += wide[j] * only[j]
-                y[r, i] = a + shift
+        wide = np.empty((2, x.shape[1]), np.float32)
+        for i in range(block * BLOCK, min(len(weight), (block + 1) * BLOCK), 2):
+            k = min(i + 1, len(weight) - 1)
+            widen_nibbles(linear, i, wide[0])
+            widen_nibbles(linear, k, wide[1])
+            bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
+            for r in range(0, len(x), ROWS):
+                a, b = products(wide[0], wide[1], x[r : r + ROWS])
+                for row in range(ROWS):
+                    y[r + row, i] = a[row] + bias_i
+                    y[r + row, k] = b[row] + bias_k
 
 
-def widen_row(linear, i, wide):
-    """Row i of a weight as (D,) float32, its scale included, into `wide`."""
-    raise AssertionError("compiled code only")
+@njit(**COMPILED)
+def products(w, v, x):
+    """Two weights, (D,), with each of `ROWS` rows of x: eight sums, which fit into registers.
+
+    Six numbers are loaded for eight multiplications; one weight and one row would take two
+    for one, and wait for loads.
+    """
+    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = float32(0)
+    for j in range(len(w)):
+        a, b = widen(w[j]), widen(v[j])
+        a0 += a * x0[j]
+        a1 += a * x1[j]
+        a2 += a * x2[j]
+        a3 += a * x3[j]
+        b0 += b * x0[j]
+        b1 += b * x1[j]
+        b2 += b * x2[j]
+        b3 += b * x3[j]
+    return (a0, a1, a2, a3), (b0, b1, b2, b3)
 
 
-@overload(widen_row, jit_options=COMPILED)
-def _widen_row(linear, i, wide):
-    return _widen_nibbles if linear.types[0].dtype == types.uint8 else _widen_numbers
-
-
-def _widen_numbers(linear, i, wide):
-    row = linear.weight[i]
-    factor = linear.scale[i] if linear.scale.size else float32(1)
-    for j in range(len(wide)):
-        wide[j] = widen(row[j]) * factor
-
-
-def _widen_nibbles(linear, i, wide):
+@njit(**COMPILED)
+def widen_nibbles(linear, i, wide):
+    """Row i of a weight of 4 bits as (D,) float32, its scales included, into `wide`."""
     for g in range(linear.weight.shape[1]):
         bytes_, factor = linear.weight[i, g], linear.scale[i, g]
         low, high = wide[g * GROUP : g * GROUP + HALF], wide[g * GROUP + HALF : (g + 1) * GROUP]

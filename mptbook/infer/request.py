@@ -52,6 +52,22 @@ class Request:
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise ValueError(f"logprobs is {self.logprobs}; it may be 0 to {MOST_LOGPROBS}")
 
+    def check_fits(self, n_tokens: int, n_ids: int) -> None:
+        """See that a slot has room for it, and a tokenizer its tokens.
+
+        Raises:
+            ValueError: if not.
+        """
+        size = len(self.prompt) + self.max_new_tokens
+        if size > n_tokens:
+            raise ValueError(
+                f"{len(self.prompt)} tokens and up to {self.max_new_tokens} more are {size}, "
+                f"but there is room for {n_tokens}; shorten the prompt, or ask for fewer"
+            )
+        for token in self.prompt:
+            if not 0 <= token < n_ids:
+                raise ValueError(f"{token} is no token; the tokenizer has 0 to {n_ids - 1}")
+
     def common(self, kept: Sequence[int]) -> int:
         """How many first ids of another text need not be read again for this one.
 

@@ -10,6 +10,7 @@ Dimensions in this file
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -59,7 +60,6 @@ class Slots:
         scales = shape[:-1] if dtype == "int8" else (0, 0, 0, 0)
         self.key_scale = torch.zeros(scales, device=model.device)
         self.value_scale = torch.zeros_like(self.key_scale)
-        self._decoder = None
 
     @property
     def bytes(self) -> int:
@@ -91,7 +91,37 @@ class Slots:
             self.lengths[slot] += part.shape[1]
             if every:
                 found.append(self.model.logits(hidden)[0].float())
-        return torch.cat(found) if every else self.model.logits(hidden[:, -1:])[0, 0].float()
+        return torch.cat(found) if every else self._logits(hidden[0, -1:])[0]
+
+    @torch.inference_mode()
+    def read_texts(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
+        """Read several texts in one pass, each into an empty slot of its own.
+
+        Reading a weight and preparing it for a product takes as long for few tokens as for many:
+        short texts are read faster together.
+
+        Args:
+            slots: which, no one twice.
+            texts: ids of each, at least one.
+
+        Returns:
+            (len(slots), V) float32, after the last token of each.
+
+        Raises:
+            ValueError: if a slot is not empty, or has no room for its text.
+        """
+        for slot, text in zip(slots, texts, strict=True):
+            if self.lengths[slot]:
+                raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens; crop it to none")
+            self._check_room(slot, len(text))
+        sizes = torch.tensor([len(text) for text in texts])
+        ids = torch.tensor([token for text in texts for token in text], device=self.model.device)
+        documents = torch.arange(len(texts)).repeat_interleave(sizes).to(ids.device)
+        cache = _Texts(self, slots, sizes.tolist())
+        hidden = self.model.hidden(ids[None], documents[None], cache)[0]
+        for slot, size in zip(slots, sizes.tolist(), strict=True):
+            self.lengths[slot] = size
+        return self._logits(hidden[sizes.cumsum(0).to(ids.device) - 1])
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         """One more token in each of several slots; the weights are read once for all.
@@ -110,7 +140,7 @@ class Slots:
             self._check_room(slot, 1)
         lengths = [self.lengths[slot] for slot in slots]
         if self._compiled:
-            logits = self._decode_compiled(slots, lengths, ids)
+            logits = self._decoder(self._cache, slots, lengths, torch.tensor(ids))
         else:
             logits = self._decode_padded(slots, lengths, ids)
         for slot in slots:
@@ -133,15 +163,22 @@ class Slots:
     def _compiled(self) -> bool:
         return is_plain(self.model)
 
-    def _decode_compiled(self, slots, lengths, ids) -> Tensor:
-        if self._decoder is None:
-            bits = self.keys, self.values
-            if self.keys.dtype == torch.bfloat16:
-                bits = [kept.view(torch.uint16) for kept in bits]
-            kept = *bits, self.key_scale, self.value_scale
-            self._cache = Cache(*(each.numpy() for each in kept))
-            self._decoder = Decoder(self.model, self._windows())
-        return self._decoder(self._cache, slots, lengths, torch.tensor(ids))
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, self._windows())
+
+    @cached_property
+    def _cache(self) -> Cache:
+        bits = self.keys, self.values
+        if self.keys.dtype == torch.bfloat16:
+            bits = [kept.view(torch.uint16) for kept in bits]
+        return Cache(*(each.numpy() for each in (*bits, self.key_scale, self.value_scale)))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(R, V) float32 of the (R, D) of the last norm; R is small."""
+        if self._compiled:
+            return self._decoder.logits(hidden)
+        return self.model.logits(hidden[None])[0].float()
 
     @torch.inference_mode()
     def _decode_padded(self, slots, lengths, ids) -> Tensor:
@@ -205,6 +242,25 @@ class _Slot:
         self.slots._write(layer, self.slot, self.start, k[0], v[0])
         kept = self.slots._read(layer, self.slot, self.start + k.shape[2], k.dtype)
         return [(kept[0][None], kept[1][None])]
+
+
+class _Texts:
+    """Several empty slots as the cache of `MPT.forward`, for texts one after the other."""
+
+    def __init__(self, slots: Slots, chosen: Sequence[int], sizes: Sequence[int]) -> None:
+        self.slots, self.chosen, self.sizes = slots, chosen, sizes
+
+    def __len__(self) -> int:
+        return 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        kept = []
+        new = zip(k[0].split(self.sizes, 1), v[0].split(self.sizes, 1), strict=True)
+        for slot, size, (keys, values) in zip(self.chosen, self.sizes, new, strict=True):
+            self.slots._write(layer, slot, 0, keys, values)
+            kept.append(self.slots._read(layer, slot, size, k.dtype))
+        keys, values = (torch.cat(parts, dim=1)[None] for parts in zip(*kept, strict=True))
+        return [(keys, values)]
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,18 @@ class Serve(RunSettings):
             metrics.watch(engine)
             served = Served(name, engine, tokenizer, template, self.limits)
             app = server.make_app(served, metrics, key)
-            gib = 2**30
-            weights, cache = weight_bytes(slots.model) / gib, slots.bytes / gib
-            host = f"[{self.host}]" if ":" in self.host else self.host
-            print(
-                f"{name} at http://{host}:{listener.getsockname()[1]}: weights {weights:.2f} GiB, "
-                f"{slots.n_slots} slots of {slots.n_tokens} tokens in {cache:.2f} GiB",
-                flush=True,
-            )
-            # uvicorn finishes what runs, and then sends itself the signal again.
-            previous = signal.signal(signal.SIGTERM, lambda *_: None)
+            runs = server.server_of(app, served, self.access_log)
+
+            def end(*_: object) -> None:
+                runs.should_exit = True
+
+            # For a signal before uvicorn listens to them, and for the one that it sends itself
+            # again when it has finished what runs.
+            previous = signal.signal(signal.SIGTERM, end)
+            listener.listen()  # who reads the line may ask at once
+            print(about(name, listener, slots), flush=True)
             try:
-                server.server_of(app, served, self.access_log).run(sockets=[listener])
+                runs.run(sockets=[listener])
             finally:
                 signal.signal(signal.SIGTERM, previous)
 
@@ -115,6 +116,17 @@ class Serve(RunSettings):
         for slot in range(n):
             slots.crop(slot, 0)
         return slots
+
+
+def about(name: str, listener: socket.socket, slots: Slots) -> str:
+    """The line that says where a model is served, and what memory it takes."""
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    weights, cache = weight_bytes(slots.model) / 2**30, slots.bytes / 2**30
+    return (
+        f"{name} at http://{host}:{port}: weights {weights:.2f} GiB, "
+        f"{slots.n_slots} slots of {slots.n_tokens} tokens in {cache:.2f} GiB"
+    )
 
 
 def find_key(file: Path | None) -> str | None:

@@ -108,6 +108,52 @@ def test_prompts_take_turns():
     assert order == [1, 2, 1, 2]
 
 
+def passes(monkeypatch):
+    """How many tokens each pass over prompts reads."""
+    found, plain, together = [], Slots.read, Slots.read_texts
+
+    def read(slots, slot, ids, every=False):
+        found.append([len(ids)])
+        return plain(slots, slot, ids, every)
+
+    def read_texts(slots, chosen, texts):
+        found.append([len(ids) for ids in texts])
+        return together(slots, chosen, texts)
+
+    monkeypatch.setattr(Slots, "read", read)
+    monkeypatch.setattr(Slots, "read_texts", read_texts)
+    return found
+
+
+def test_short_prompts_are_read_in_one_pass_as_far_as_a_chunk_has_room(monkeypatch):
+    found = passes(monkeypatch)
+    ours = engine(5, chunk_tokens=10)
+    sizes = [4, 3, 7, 2, 20]
+    prompts = [tuple(range(n, n + size)) for n, size in enumerate(sizes)]
+    streams = [ours.submit(Request(prompt, 3)) for prompt in prompts]
+    ours.step()
+    assert [one.prompt for one in ours.writing] == [prompts[n] for n in (0, 1, 3)]
+    run(ours)
+    assert found == [[4, 3, 2], [7], [10], [10]]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        assert finished(stream)[1] == alone(prompt, 3)
+
+
+def test_what_begins_like_a_prompt_that_is_read_waits_and_takes_that_over(monkeypatch):
+    found = passes(monkeypatch)
+    ours = engine(3)
+    start = tuple(range(10, 30))
+    streams = [ours.submit(Request((*start, end), 3)) for end in (1, 2)]
+    other = ours.submit(Request((7, 8, 9), 3))
+    run(ours)
+    assert found == [[21, 3], [1]]
+    assert [stream.prompt_tokens_reused for stream in streams] == [0, 20]
+    assert ours.counts.reused_tokens == 20
+    for end, stream in zip((1, 2), streams, strict=True):
+        assert finished(stream)[1] == alone((*start, end), 3)
+    assert finished(other)[1] == alone((7, 8, 9), 3)
+
+
 def test_first_come_first_served():
     ours = engine(1)
     streams = [ours.submit(Request((n,), 2)) for n in (4, 5, 6)]
@@ -262,7 +308,7 @@ def test_values_out_of_range_are_named(values, message):
 
 def test_a_fault_ends_the_requests_it_hit_and_no_others(monkeypatch):
     ours = engine(3)
-    plain, at = Slots.read, {"fails": True}
+    plain, together, at = Slots.read, Slots.read_texts, {"fails": True}
 
     def read(slots, slot, ids, every=False):
         if 13 in ids and at["fails"]:
@@ -270,7 +316,14 @@ def test_a_fault_ends_the_requests_it_hit_and_no_others(monkeypatch):
             raise RuntimeError("cosmic ray")
         return plain(slots, slot, ids, every)
 
+    def read_texts(slots, chosen, texts):
+        if any(13 in ids for ids in texts) and at["fails"]:
+            slots.lengths[chosen[0]] += 1
+            raise RuntimeError("cosmic ray")
+        return together(slots, chosen, texts)
+
     monkeypatch.setattr(Slots, "read", read)
+    monkeypatch.setattr(Slots, "read_texts", read_texts)
     good, bad = ours.submit(Request((4, 5), 9)), ours.submit(Request((4, 13, 5), 9))
     run(ours)
     with pytest.raises(Unanswered, match="cosmic ray"):

@@ -96,6 +96,19 @@ def test_both_ways_of_writing_a_token_keep_the_same_numbers(dtype, monkeypatch):
         assert ((compiled - plain).abs() < step / 4).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_texts_read_in_one_pass_are_those_read_one_by_one(shape, form):
+    ids, sizes, places = some_ids(1, 33)[0].tolist(), [7, 1, 16, 9], [3, 0, 4, 1]
+    texts = [ids[sum(sizes[:n]) : sum(sizes[: n + 1])] for n in range(4)]
+    together, alone = (Slots(model(shape), 5, 17) for _ in range(2))
+    logits = together.read_texts(places, texts)
+    expected = torch.stack([alone.read(*pair) for pair in zip(places, texts, strict=True)])
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert together.lengths == alone.lengths == [1, 9, 0, 7, 16]
+    after = [slots.decode(places, [5, 6, 7, 8]) for slots in (together, alone)]
+    torch.testing.assert_close(*after, **CLOSE)
+
+
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8), every=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_a_text_may_be_read_in_pieces(sizes, every):
@@ -174,6 +187,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         slots.decode([0, 1], [1, 2])
     with pytest.raises(ValueError, match="no tokens to read"):
         slots.read(0, [])
+    with pytest.raises(ValueError, match="slot 1 holds 8 tokens"):
+        slots.read_texts([1], [[1]])
     assert slots.lengths == [5, 8]
     with pytest.raises(ValueError, match="0 slots of 8 tokens"):
         Slots(model(), 0, 8)

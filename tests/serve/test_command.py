@@ -67,6 +67,19 @@ def test_the_command_serves_until_it_is_told_to_end_and_finishes_what_runs(folde
             httpx.get(f"{url}/health")
 
 
+def test_who_reads_the_line_can_ask_or_end_the_server_at_once(folder):
+    words = [sys.executable, "-m", "mptbook", "serve", str(folder), "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != KEY}
+    how = {"env": environment | {"OMP_NUM_THREADS": "1"}, "text": True}
+    for asks in (True, False):
+        with subprocess.Popen(words, stdout=subprocess.PIPE, **how) as process:
+            url = process.stdout.readline().split()[2].rstrip(":")
+            if asks:
+                assert httpx.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
 def test_other_machines_may_not_ask_without_a_key(folder, capsys, monkeypatch, host):
     monkeypatch.delenv(KEY, raising=False)
@@ -150,6 +163,20 @@ def test_learned_positions_end(tmp_path, capsys):
     save_model(MPT(config), tmp_path / "m", train_bpe(["a cat\n"] * 5, 290))
     found = refusal(capsys, tmp_path / "m", "--tokens", 33, "--port", 0)
     assert "learned positions end at max_seq_len=32" in found
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_threads_sleep_soon_unless_the_user_says_how_they_wait(capsys, monkeypatch, name):
+    for each in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(each, "")  # so that it is as before in the end
+        monkeypatch.delenv(each)
+    assert main(["serve", "nowhere"]) == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv(name, "7")
+    assert main(["serve", "nowhere"]) == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == ("7" if name == "GOMP_SPINCOUNT" else None)
+    capsys.readouterr()
 
 
 def test_a_model_is_called_after_its_folder_its_run_or_the_hub(tmp_path):

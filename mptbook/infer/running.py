@@ -1,0 +1,94 @@
+"""Requests that have a slot, and which of them are read together."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from mptbook.infer.request import Piece, Request, Stream, Token
+from mptbook.infer.text import TextStream
+
+
+@dataclass(eq=False)
+class Running:
+    """A request in a slot."""
+
+    stream: Stream
+    slot: int
+    read: int  # tokens of the prompt that are read
+    text: TextStream
+    generator: torch.Generator
+    born: float
+    written: int = 0
+    last: int = -1  # token that was chosen, and not read yet
+    predicted: Tensor | None = None  # with echo: logits after the tokens read so far
+    spoken: float = 0.0  # when
+    alone: bool = False  # reading it together with others has failed
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.stream.request.prompt
+
+    @property
+    def joins(self) -> bool:
+        """Whether its prompt may be read in one pass with others: nothing of it is read yet."""
+        return not (self.read or self.alone or self.stream.request.echo)
+
+    def echo(self, chunk: Sequence[int], logits: Tensor) -> None:
+        """Say the tokens of a chunk of the prompt, each with what was predicted for it.
+
+        Args:
+            logits: (len(chunk), V), after each of them.
+        """
+        n_top, first = self.stream.request.logprobs, self.predicted
+        said = [Token(chunk[0]) if first is None else Token.of(chunk[0], first, n_top)]
+        rows = zip(chunk[1:], logits[:-1], strict=True)
+        said += [Token.of(token, row, n_top) for token, row in rows]
+        self.predicted = logits[-1]
+        self.stream.put(Piece("", tuple(said)))
+
+
+def longest(request: Request, kept: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The slot that holds the longest beginning of a prompt, and how many tokens that is."""
+    common = [request.common(ids) for ids in kept]
+    return max(enumerate(common), key=lambda pair: pair[1])
+
+
+def place(
+    request: Request, free: Sequence[int], kept: Sequence[Sequence[int]], used: Sequence[int]
+) -> tuple[int, int, int]:
+    """A free slot for a request, the slot to copy its beginning from, and how many tokens that is.
+
+    Args:
+        kept: ids that each slot holds.
+        used: when each was used last.
+    """
+    common = [request.common(ids) for ids in kept]
+    # Of equals the one that was used longest ago, so that others keep what they have.
+    slot = max(free, key=lambda slot: (common[slot], -used[slot]))
+    source, n = longest(request, kept)
+    if n <= common[slot]:
+        return slot, slot, common[slot]
+    # The beginning of one that is being written.
+    return min(free, key=lambda slot: used[slot]), source, n
+
+
+def read_together(reading: deque[Running], room: int) -> list[Running]:
+    """Those whose prompts are read in one pass, taken out of the queue: the first at least.
+
+    Others join it if both prompts are whole, and fit into so many tokens. One that begins like
+    another waits, to take the beginning over.
+    """
+    first = reading[0]
+    taken, room = [first], room - len(first.prompt) if first.joins else 0
+    for one in islice(reading, 1, None):
+        alike = max(one.stream.request.common(each.prompt) for each in taken)
+        if one.joins and len(one.prompt) <= room and 2 * alike < len(one.prompt):
+            taken.append(one)
+            room -= len(one.prompt)
+    for one in taken:
+        reading.remove(one)
+    return taken
