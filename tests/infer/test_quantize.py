@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptbook.infer import quantize as quantize_module
 from mptbook.infer.load import random_model, weight_bytes
 from mptbook.infer.quantize import GROUP, is_packed, pack, quantize, unpack
 from mptbook.infer.slots import Slots
@@ -85,7 +86,8 @@ def test_rows_taken_out_of_a_packed_weight_are_rows_of_the_weight():
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_packed_model_computes_with_its_unpacked_weights(bits):
+def test_a_packed_model_computes_with_its_unpacked_weights(bits, monkeypatch):
+    monkeypatch.setattr(quantize_module, "has_bf16", lambda device: False)  # exactly, anywhere
     rounded = fresh()
     with torch.no_grad():
         for name, weight in rounded.named_parameters():
@@ -105,6 +107,17 @@ def test_a_packed_model_computes_with_its_unpacked_weights(bits):
         for at in range(12, 20):
             logits = slots.decode(rows, ids[rows, at].tolist())
             torch.testing.assert_close(logits, expected[rows, at], rtol=1e-3, atol=2e-3)
+
+
+def test_products_in_bfloat16_are_as_near_as_its_eight_bits(monkeypatch):
+    packed, ids = quantize(fresh(), 8), torch.arange(40).view(2, 20)
+    found = []
+    for units in (False, True):
+        monkeypatch.setattr(quantize_module, "has_bf16", lambda device, units=units: units)
+        with torch.no_grad():
+            found.append(packed(ids))
+    apart = (found[1] - found[0]).square().mean().sqrt() / found[0].std()
+    assert 0 < apart < 0.05
 
 
 def test_the_tied_embedding_is_packed_too_and_norms_are_not():
