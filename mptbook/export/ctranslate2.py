@@ -75,7 +75,9 @@ def write(folder: Path, out: Path, dtype: str) -> None:
 def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
     """What CTranslate2 writes, the likeliest token at each place."""
     ctranslate2 = engine("ctranslate2")
-    generator = ctranslate2.Generator(str(out), device="cpu", compute_type="default")
+    # It sets the number of threads for all of the process, PyTorch included.
+    how = {"compute_type": "default", "intra_threads": torch.get_num_threads()}
+    generator = ctranslate2.Generator(str(out), device="cpu", **how)
     names = json.loads((out / "vocabulary.json").read_text(encoding="utf-8"))
     (answer,) = generator.generate_batch(
         [[names[token] for token in ids]],
