@@ -49,6 +49,8 @@ class Export(RunSettings):
         folder = find_directory(self.model)
         if self.out.resolve() == folder.resolve():
             raise ValueError(f"{self.out} is the model itself; give another folder")
+        if self.gpus > 1 and self.to != "fastertransformer":
+            raise ValueError(f"gpus is {self.gpus}; only fastertransformer cuts layers apart")
         if self.to in PACKED:
             self._pack(folder)
         else:
@@ -80,7 +82,7 @@ class Export(RunSettings):
         """What there is to say of the export beside the model.
 
         Raises:
-            ValueError: if an engine in float32 writes otherwise than ours.
+            ValueError: if an engine in float32 finds another likelihood than ours.
         """
         if self.to == "vllm":
             return "not verified: start vLLM on it, and compare"
@@ -96,7 +98,7 @@ class Export(RunSettings):
             f"of {found.tokens} tokens that {self.to} wrote, {found.same} are those that mptbook "
             f"finds likeliest; log-probabilities differ by at most {found.difference:.1e} nats"
         )
-        if dtype in EXACT and not found.difference < MOST:
+        if dtype in EXACT and found.difference > MOST:
             raise ValueError(f"{said}; in {dtype} that is not rounding, so nothing is kept")
         return said
 

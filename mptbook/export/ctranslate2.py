@@ -10,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mptbook.directory import read_config
-from mptbook.export.fields import refuse
+from mptbook.export.source import described, place, token_names
 from mptbook.export.verify import Written, engine
-from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 from mptbook.weights import read_weights
 
@@ -42,11 +40,8 @@ def write(folder: Path, out: Path, dtype: str) -> None:
         ValueError: for a field that CTranslate2 passes over, or if there is no tokenizer.
     """
     specs = engine("ctranslate2").specs
-    config = read_config(folder)
-    refuse(config, "ctranslate2")
-    tokenizer = Tokenizer.load(folder)
-    with torch.device("meta"):
-        model = MPT(config)
+    model, tokenizer = described(folder, "ctranslate2"), Tokenizer.load(folder)
+    config = model.config
     spec = specs.TransformerDecoderModelSpec.from_config(
         config.n_layers,
         config.n_heads,
@@ -57,8 +52,8 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     )
     spec.decoder.scale_embeddings = False
     for name, weight in read_weights(folder, model):
-        place, leaf = _place(name)
-        owner = specs.model_spec.index_spec(spec.decoder, place)
+        path, leaf = _place(name)
+        owner = specs.model_spec.index_spec(spec.decoder, path)
         setattr(owner, leaf, weight)
         if leaf == "gamma" and config.no_bias and hasattr(owner, "beta"):
             owner.beta = torch.zeros_like(weight)
@@ -66,7 +61,7 @@ def write(folder: Path, out: Path, dtype: str) -> None:
         spec.decoder.projection.weight = spec.decoder.embeddings.weight
     spec.config.layer_norm_epsilon = config.norm_eps
     spec.config.unk_token = spec.config.bos_token = spec.config.eos_token = END_OF_TEXT
-    spec.register_vocabulary(_names(tokenizer, config.vocab_size))
+    spec.register_vocabulary(token_names(tokenizer, config.vocab_size, "<extra_id_{}>"))
     spec.validate()
     spec.optimize(quantization=dtype)
     spec.save(str(out))
@@ -96,17 +91,8 @@ def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
 
 def _place(name: str) -> tuple[str, str]:
     """Where one of our weights belongs: the part, and the name there."""
-    path, _, leaf = name.removeprefix("transformer.").rpartition(".")
-    block = ""
-    if path.startswith("blocks."):
-        _, number, path = path.split(".", 2)
-        block = f"layer_{number}/"
-    if "norm" in path:
+    block, part, leaf = place(name)
+    if "norm" in part:
         leaf = "gamma" if leaf == "weight" else "beta"
-    return block + PLACES[path], "encodings" if path == "wpe" else leaf
-
-
-def _names(tokenizer: Tokenizer, n_ids: int) -> list[str]:
-    """What CTranslate2 calls each id; a padded vocabulary has more than the tokenizer."""
-    known = {id: name for name, id in tokenizer.backend.get_vocab().items()}
-    return [known.get(id, f"<extra_id_{id}>") for id in range(n_ids)]
+    path = f"layer_{block}/{PLACES[part]}" if block else PLACES[part]
+    return path, "encodings" if part == "wpe" else leaf

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mptbook.directory import read_config
-from mptbook.export.fields import refuse
+from mptbook.export.source import described, place
 from mptbook.model.config import MPTConfig
-from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import read_weights
 
@@ -49,8 +47,8 @@ def write(folder: Path, out: Path, dtype: str, gpus: int = 1) -> None:
         ValueError: for a field that FasterTransformer passes over, if the GPUs cannot share the
             heads, or if there is no tokenizer.
     """
-    config = read_config(folder)
-    refuse(config, "fastertransformer")
+    model = described(folder, "fastertransformer")
+    config = model.config
     if config.n_heads % gpus or config.mlp_width % gpus:
         raise ValueError(
             f"{gpus} GPUs cannot share n_heads={config.n_heads} and {config.mlp_width} numbers of "
@@ -59,8 +57,6 @@ def write(folder: Path, out: Path, dtype: str, gpus: int = 1) -> None:
     home = out / f"{gpus}-gpu"
     home.mkdir()
     _write_ini(home, config, dtype, gpus, Tokenizer.load(folder).end_of_text)
-    with torch.device("meta"):
-        model = MPT(config)
     for name, weight in read_weights(folder, model):
         part, leaf, file = _place(name)
         for number, values in enumerate(_shares(part, leaf, weight, gpus)):
@@ -81,13 +77,12 @@ def read_back(folder: Path, out: Path) -> float:
     ini = configparser.ConfigParser()
     ini.read(home / "config.ini")
     gpus, kind = int(ini["gpt"]["tensor_para_size"]), KINDS[ini["gpt"]["weight_data_type"]]
-    with torch.device("meta"):
-        model = MPT(read_config(folder))
+    model = described(folder, "fastertransformer")
     worst = 0.0
     for name, weight in read_weights(folder, model):
-        part, leaf, place = _place(name)
+        part, leaf, start = _place(name)
         for number, expected in enumerate(_shares(part, leaf, weight, gpus)):
-            file = _file(home, place, part, leaf, number)
+            file = _file(home, start, part, leaf, number)
             found = torch.from_numpy(np.fromfile(file, kind)).float()
             if found.numel() != expected.numel():
                 raise ValueError(
@@ -99,12 +94,8 @@ def read_back(folder: Path, out: Path) -> float:
 
 def _place(name: str) -> tuple[str, str, str]:
     """Of one of our weights: the part, weight or bias, and how its file's name begins."""
-    part, _, leaf = name.removeprefix("transformer.").rpartition(".")
-    block = ""
-    if part.startswith("blocks."):
-        _, number, part = part.split(".", 2)
-        block = f"layers.{number}."
-    return part, leaf, f"model.{block}{NAMES[part]}"
+    block, part, leaf = place(name)
+    return part, leaf, (f"model.layers.{block}." if block else "model.") + NAMES[part]
 
 
 def _file(home: Path, start: str, part: str, leaf: str, number: int) -> Path:

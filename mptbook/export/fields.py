@@ -4,9 +4,10 @@ Everything that computes an MPT model knows MPT-7B: ALiBi whose flattest head lo
 token, as many key heads as query heads, no biases, a tied head. A field that says something else
 is honoured by some and ignored by others, which then answer differently and say nothing.
 
-Sources, read and then run against `MPT`: transformers 5.23, `models/mpt`; vLLM 0.28,
-`model_executor/models/mpt.py`; llama.cpp, `src/models/mpt.cpp`; CTranslate2 4.8,
-`specs/transformer_spec.py`; FasterTransformer, `examples/cpp/multi_gpu_gpt`.
+Read, and every field run against `MPT`: transformers 5.23, `models/mpt`; llama.cpp,
+`src/models/mpt.cpp`; CTranslate2 4.8, `specs/transformer_spec.py`; our ONNX graph. Read only:
+vLLM 0.28, `model_executor/models/mpt.py`, and what FasterTransformer is fed with,
+llm-foundry's `scripts/inference/convert_hf_mpt_to_ft.py`.
 """
 
 from typing import Any

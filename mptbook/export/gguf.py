@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mptbook.directory import read_config
-from mptbook.export.fields import refuse
+from mptbook.export.source import described, place, token_names
 from mptbook.export.verify import Written, engine
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -54,8 +52,8 @@ def write(folder: Path, out: Path, dtype: str) -> None:
             if there is no tokenizer.
     """
     gguf = engine("gguf")
-    config = read_config(folder)
-    refuse(config, "gguf")
+    model = described(folder, "gguf")
+    config = model.config
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     if dtype.startswith("q"):
         for name in ("d_model", "mlp_width"):
@@ -68,8 +66,6 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     try:
         _describe(writer, gguf, config, kind)
         _add_vocabulary(writer, gguf, folder, config.vocab_size)
-        with torch.device("meta"):
-            model = MPT(config)
         weights = [(name, weight.shape) for name, weight in model.named_parameters()]
         for name, shape in weights:
             own = _kind(gguf, shape, kind)
@@ -139,12 +135,8 @@ def _kind(gguf, shape, kind):
 
 
 def _name(name: str) -> str:
-    path, _, leaf = name.removeprefix("transformer.").rpartition(".")
-    block = ""
-    if path.startswith("blocks."):
-        _, number, path = path.split(".", 2)
-        block = f"blk.{number}."
-    return f"{block}{NAMES[path]}.{leaf}"
+    block, part, leaf = place(name)
+    return (f"blk.{block}." if block else "") + f"{NAMES[part]}.{leaf}"
 
 
 def _describe(writer, gguf, config: MPTConfig, kind) -> None:
@@ -180,19 +172,15 @@ def _add_vocabulary(writer, gguf, folder: Path, n_ids: int) -> None:
             f"{folder}/tokenizer.json splits texts by {split}; llama.cpp would split them as GPT-2 "
             "does, so export to another target"
         )
-    known = {id: name for name, id in tokenizer.backend.get_vocab().items()}
-    added = tokenizer.backend.get_added_tokens_decoder()
-    names, types = [], []
-    for id in range(n_ids):
-        names.append(known.get(id, f"[PAD{id}]"))
-        if id in added:
-            special = added[id].special
-            types.append(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
-        else:
-            types.append(gguf.TokenType.NORMAL if id in known else gguf.TokenType.UNUSED)
+    types = [
+        gguf.TokenType.NORMAL if id < len(tokenizer) else gguf.TokenType.UNUSED
+        for id in range(n_ids)
+    ]
+    for id, token in tokenizer.backend.get_added_tokens_decoder().items():
+        types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("mpt")
-    writer.add_token_list(names)
+    writer.add_token_list(token_names(tokenizer, n_ids, "[PAD{}]"))
     writer.add_token_types(types)
     writer.add_token_merges(
         [m if isinstance(m, str) else " ".join(m) for m in about["model"]["merges"]]

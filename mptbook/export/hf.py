@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mptbook.directory import ABOUT, read_config
-from mptbook.export.fields import refuse
+from mptbook.export.source import copy_about, described
 from mptbook.export.verify import Written
-from mptbook.model.mpt import MPT
 from mptbook.weights import read_json, read_weights, write_json, write_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,25 +22,18 @@ def write(folder: Path, out: Path, dtype: str, target: str = "hf") -> None:
     Raises:
         ValueError: for a field that the readers of `target`, hf or vllm, pass over.
     """
-    config = read_config(folder)
-    refuse(config, target)
-    with torch.device("meta"):
-        model = MPT(config)
+    model = described(folder, target)
     kind = getattr(torch, dtype)
-    described = {name: weight.to(kind) for name, weight in model.named_parameters()}
+    weights = {name: weight.to(kind) for name, weight in model.named_parameters()}
 
     def fetch(names: list[str]) -> dict[str, torch.Tensor]:
         wanted = set(names)
         return {n: w.to(kind) for n, w in read_weights(folder, model) if n in wanted}
 
-    write_weights(described, out, SHARD_BYTES, fetch)
-    for pattern in ABOUT:
-        for file in folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                (out / file.name).write_bytes(file.read_bytes())
-    released = read_json(folder / "config.json") | config.to_hf()
+    write_weights(weights, out, SHARD_BYTES, fetch)
+    copy_about(folder, out)
+    released = read_json(folder / "config.json") | model.config.to_hf()
     released |= {"architectures": ["MptForCausalLM"], "dtype": dtype}
-    del released["attn_config"]["kv_n_heads"]  # vLLM trips over it, and here it says nothing
     write_json(out / "config.json", released)
 
 

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptbook.directory import ABOUT, read_config
-from mptbook.export.fields import refuse
+from mptbook.export.source import copy_about, described
 from mptbook.export.verify import Written, engine
 from mptbook.model.attention import Attention
 from mptbook.model.mpt import MPT, Block
@@ -54,20 +53,14 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; onnx has {' and '.join(DTYPES)}")
     onnx = engine("onnx")
-    config = read_config(folder)
-    refuse(config, "onnx")
-    with torch.device("meta"):
-        model = MPT(config)
+    model = described(folder, "onnx")
     graph = Graph(onnx)
     with (out / DATA).open("wb") as data:
         for name, weight in read_weights(folder, model):
             graph.store(name, weight, data)
     _draw(graph, model)
     onnx.save(graph.model(), out / GRAPH)
-    for pattern in ABOUT:
-        for file in folder.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                (out / file.name).write_bytes(file.read_bytes())
+    copy_about(folder, out)
 
 
 def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
@@ -217,9 +210,8 @@ def _attention(graph: Graph, x: str, bias: str, attn: Attention, path: str) -> s
     if attn.q_ln is not None:
         q = _norm(graph, q, attn.q_ln, f"{path}q_ln")
         k = _norm(graph, k, attn.k_ln, f"{path}k_ln")
-    q = graph.op("Mul", q, graph.number(attn.scale))  # the operator takes no scale below zero
     past, present = (_cache(graph, attn, way) for way in ("past_key_values", "present"))
-    heads = {"q_num_heads": attn.n_heads, "kv_num_heads": attn.kv_heads, "scale": 1.0}
+    heads = {"q_num_heads": attn.n_heads, "kv_num_heads": attn.kv_heads, "scale": attn.scale}
     inputs = q, k, v, bias, *past
     graph.nodes_of("Attention", inputs, [f"{path}mixed", *present], **heads)
     return _linear(graph, f"{path}mixed", attn.out_proj, f"{path}out_proj")

@@ -1,6 +1,7 @@
 """An exported model beside ours: what its engine writes, and how likely we find it."""
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ class Comparison:
     Args:
         tokens: that it wrote.
         same: of them, those that ours finds the likeliest at their place too.
-        difference: the largest between its log-probability of a token and ours, in nats.
+        difference: the largest between its log-probability of a token and ours, in nats; NaN
+            if it told none.
     """
 
     tokens: int
@@ -56,8 +58,8 @@ def compare(model: MPT, prompt: Sequence[int], written: Written) -> Comparison:
     logits = model(ids[None])[0, len(prompt) - 1 : -1].float()
     ours = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
     same = int((logits.argmax(dim=-1) == tokens).sum())
-    apart = (ours - theirs).abs()
-    return Comparison(len(written), same, float(apart[~apart.isnan()].max()))
+    told = [apart for apart in (ours - theirs).abs().tolist() if not math.isnan(apart)]
+    return Comparison(len(written), same, max(told, default=math.nan))
 
 
 def compared(folder: Path, prompt: Sequence[int], written: Written) -> Comparison:

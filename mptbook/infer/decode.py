@@ -15,11 +15,9 @@ Dimensions in this file
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba import float32, int8, njit, prange, types, uint16, uint32
@@ -35,6 +33,7 @@ from mptbook.infer.kernels import (
     multiply,
     normalise,
     product,
+    pytorchs_threads,
     widen,
 )
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
@@ -122,26 +121,19 @@ class Decoder:
         if self.model.config.has_positions:
             x = x + transformer.wpe(torch.tensor(lengths)).float()
         where = np.array(slots, np.int64), np.array(lengths, np.int64)
-        with _threads():
+        with pytorchs_threads():
             found = step(x.numpy(), self.weights, cache, *where, self.slopes, self.shape)
         return self._scaled(found)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, V) float32 of the (R, D) of `MPT.hidden`; the head is read once, and not widened."""
-        with _threads():
+        with pytorchs_threads():
             return self._scaled(product(self.head, hidden.float().numpy()))
 
     def _scaled(self, logits: np.ndarray) -> Tensor:
         found, factor = torch.from_numpy(logits), self.model.config.logit_factor
         return found if factor == 1 else found * factor
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    numba.set_num_threads(min(n := torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    yield
-    torch.set_num_threads(n)  # numba's OpenMP layer has set its own number for both
 
 
 def _layer(block: nn.Module, windows: Sequence[int]) -> Layer:

@@ -14,9 +14,13 @@ Dimensions in this file
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numba
 import numpy as np
+import torch
 from numba import float32, int16, int32, njit, prange, types
 from numba.extending import overload
 
@@ -29,6 +33,17 @@ GROUP = 64  # inputs that share a scale where weights have 4 bits
 HALF = GROUP // 2
 BLOCK = 32  # outputs that a thread has in one go
 ROWS = 4  # that are multiplied together
+
+
+@contextmanager
+def pytorchs_threads() -> Iterator[None]:
+    """Compiled loops take as many threads as PyTorch may, and PyTorch keeps its own number."""
+    n_threads = torch.get_num_threads()
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)  # numba's OpenMP layer has set its own for both
 
 
 class Linear(NamedTuple):

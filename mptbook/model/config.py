@@ -157,6 +157,8 @@ class MPTConfig:
         attn = values["attn_config"]
         if attn["attn_impl"] in BACKENDS:
             attn["attn_impl"] = "torch"
+        if attn["kv_n_heads"] is None:
+            del attn["kv_n_heads"]  # released files have none either, and vLLM trips over it
         # transformers refuses 0.0 where it declares an integer, and 6 where it declares a float.
         for part in (values, attn):
             for name in ("expansion_ratio", "attn_pdrop", "alibi_bias_max"):
@@ -226,6 +228,8 @@ def _check(config: MPTConfig) -> None:
             f"kv_n_heads={config.kv_heads} does not divide n_heads={config.n_heads}; "
             "each key head serves the same number of query heads"
         )
+    if attn.softmax_scale is not None and not attn.softmax_scale > 0:
+        raise ValueError(f"softmax_scale is {attn.softmax_scale}; it must be above 0, or None")
     if attn.attn_impl not in BACKENDS:
         raise ValueError(
             f"attn_impl is {attn.attn_impl!r}; it must be one of {', '.join(BACKENDS)}"

@@ -56,6 +56,7 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
         ),
         ([str(folder), "--to", "int8", "--out", str(out), "--dtype", "q8_0"], "int8 says it all"),
         ([str(folder), "--to", "fastertransformer", "--out", str(out), "--gpus", "3"], "3 GPUs"),
+        ([str(folder), "--to", "gguf", "--out", str(out), "--gpus", "2"], "only fastertransformer"),
     ]:
         assert main(["export", *arguments]) == 2
         error = capsys.readouterr().err

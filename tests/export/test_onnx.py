@@ -14,7 +14,6 @@ from mptbook.infer.load import save_packed
 
 MORE = {
     "kv_heads=1": {"attn_type": "multiquery_attention", "qk_ln": True},
-    "softmax_scale<0": {"softmax_scale": -0.2},  # which the format's own attention refuses
     "7_heads": {"n_heads": 7, "d_model": 91},  # slopes of every second power
     "rmsnorm_everywhere": {"norm_type": "low_precision_rmsnorm", "no_bias": False, "qk_ln": True},
     "positions_of_GPT": {"alibi": False, "no_bias": False, "logit_scale": "inv_sqrt_d_model"},

@@ -117,7 +117,7 @@ def test_products_in_bfloat16_are_as_near_as_its_eight_bits(monkeypatch):
         with torch.no_grad():
             found.append(packed(ids))
     apart = (found[1] - found[0]).square().mean().sqrt() / found[0].std()
-    assert 0 < apart < 0.05
+    assert 0 < apart < 0.02  # a step is 2 ** -8, twice rounded in each of nine products
 
 
 def test_the_tied_embedding_is_packed_too_and_norms_are_not():

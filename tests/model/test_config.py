@@ -224,6 +224,11 @@ def test_a_file_that_asks_for_something_else_is_refused(released, message):
             {"attn_type": "grouped_query_attention", "kv_n_heads": 4},
             "kv_n_heads=4 does not divide n_heads=6",
         ),
+        (
+            {"softmax_scale": 0.0},
+            "softmax_scale is 0.0; it must be above 0, or None",
+        ),
+        ({"softmax_scale": -0.2}, "softmax_scale is -0.2; it must be above 0"),
         ({"attn_impl": "triton"}, "attn_impl is 'triton'; it must be one of auto, reference"),
         ({"logit_scale": "sqrt"}, "logit_scale is 'sqrt'; it must be a number or inv_sqrt_d_model"),
     ],
@@ -231,6 +236,12 @@ def test_a_file_that_asks_for_something_else_is_refused(released, message):
 def test_a_contradiction_names_the_way_out(changes, message):
     with pytest.raises(ValueError, match=message):
         MPTConfig(**SMALL).replace(**changes)
+
+
+def test_a_file_says_how_many_key_heads_there_are_only_where_they_are_fewer():
+    assert "kv_n_heads" not in MPTConfig(**SMALL).to_hf()["attn_config"]
+    fewer = MPTConfig(**SMALL).replace(attn_type="grouped_query_attention", kv_n_heads=2)
+    assert fewer.to_hf()["attn_config"]["kv_n_heads"] == 2
 
 
 def test_a_misspelt_name_gets_the_nearest():

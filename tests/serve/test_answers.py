@@ -97,12 +97,10 @@ def test_log_probabilities_are_those_of_the_model(running, model, tokenizer):
 
 
 def test_offsets_point_at_the_characters_of_the_text(running, tokenizer):
-    choice = running.complete(
-        "the — olé — cat", max_tokens=1, echo=True, logprobs=0, temperature=0
-    ).json()
+    choice = running.complete("the — olé — cat", max_tokens=0, echo=True, logprobs=0).json()
     choice = choice["choices"][0]
     places = zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
-    whole = [(token, place) for token, place in places if not token.startswith("bytes:")][:-1]
+    whole = [(token, place) for token, place in places if not token.startswith("bytes:")]
     assert len(whole) > 5
     for token, place in whole:
         assert choice["text"][place:].startswith(token)
