@@ -85,19 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, Ended) as error:
         if os.environ.get("MPTBOOK_TRACEBACK"):
             raise
-        if str(error) and _speaks(error):
+        if str(error):
+            _wait_to_speak(error)
             print(f"error: {error}", file=sys.stderr)
         return _exit_code(error)
     return 0
 
 
-def _speaks(error: Exception) -> bool:
-    """Whether the line is for this process to print, of those that torchrun started."""
-    if "RANK" not in os.environ:
-        return True
-    from mptbook import world  # imports torch, which a misspelt setting need not wait for
+def _wait_to_speak(error: Exception) -> None:
+    """What happens to all processes that torchrun started is told once."""
+    if "RANK" in os.environ:
+        from mptbook import world  # imports torch, which a misspelt setting need not wait for
 
-    return world.speaks(error)
+        world.wait_to_speak(error)
 
 
 def _exit_code(error: Exception) -> int:

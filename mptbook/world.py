@@ -9,6 +9,7 @@ Dimensions in this file
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +22,7 @@ from mptbook.settings import Ended
 
 T = TypeVar("T")
 ROLL_CALL = timedelta(seconds=5)  # that a process has to say that it is there
+FIRST_WORD = 30.0  # seconds that the process that tells of an error may be behind the others
 
 
 class Missing(Ended):
@@ -39,6 +41,17 @@ def speaks(error: Exception) -> bool:
     missing once a machine."""
     first = os.environ.get("RANK", "0") == "0"
     return first or (isinstance(error, Missing) and os.environ.get("LOCAL_RANK") == "0")
+
+
+def wait_to_speak(error: Exception) -> None:
+    """Leave an error to the process that tells of it, which may meet it later.
+
+    torchrun ends all processes when the first one has failed: one that does not speak would take
+    the word from the one that does. It waits, and is ended in its turn; where it is not, no other
+    process met the error, and it tells of it itself.
+    """
+    if not speaks(error):
+        time.sleep(FIRST_WORD)
 
 
 def rank() -> int:

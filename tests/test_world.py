@@ -89,3 +89,23 @@ def test_an_error_is_told_once_and_a_missing_process_once_a_machine(monkeypatch)
         monkeypatch.setenv("LOCAL_RANK", str(local))
         told[rank] = world.speaks(mistake), world.speaks(missing)
     assert told == {0: (True, True), 1: (False, False), 8: (False, True), 9: (False, False)}
+
+
+ALONE = """
+import os, sys, time
+from mptbook import world
+from mptbook.__main__ import main
+
+late, alone, world.FIRST_WORD = float(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rank = int(os.environ["RANK"])
+time.sleep(late * (rank == 0) + 60 * alone * (rank != alone))
+sys.exit(main(["history", "nowhere"]))
+"""
+
+
+@pytest.mark.parametrize("words", [(4, 0, 60), (0, 1, 0.5)], ids=["the first", "the only one"])
+def test_the_process_that_meets_an_error_last_or_alone_tells_of_it(tmp_path, words):
+    code, said = run(torchrun(2, script(tmp_path, ALONE), *words))
+    assert code != 0
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "nowhere" in line
