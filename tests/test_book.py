@@ -71,6 +71,10 @@ def test_a_chapter_runs_from_top_to_bottom_and_prints_no_warning(chapter, monkey
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     warned = [out["text"] for out in outputs if out.get("name") == "stderr"]
     assert not warned, "the site would drop this: " + "".join(warned)
+    for cell in notebook.cells:
+        figure = cell.metadata.get("mystnb", {}).get("figure")
+        kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
+        assert not figure or "image/png" in kinds, f"{figure['name']} is not drawn"
 
 
 @pages
