@@ -8,6 +8,7 @@ the same prompts, over the tokens between.
 import statistics
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,13 @@ from pydantic import Field, PositiveInt
 
 from mptbook.bench.measure import Bench, noise, rotated
 from mptbook.bench.workers import Worker
-from mptbook.bench.writers import ctranslate2_mpt, memory, ours, transformers_mpt
+from mptbook.bench.writers import (
+    ctranslate2_mpt,
+    llama_cpp_mpt,
+    memory,
+    ours,
+    transformers_mpt,
+)
 from mptbook.infer.quantize import Bits
 from mptbook.model.config import MPTConfig
 
@@ -23,9 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEMORY = "memory"
-PEERS = {
-    "transformers": ("transformers' MPT, bfloat16", transformers_mpt, "bfloat16"),
-    "ctranslate2": ("CTranslate2, 8 bits", ctranslate2_mpt, "int8"),
+PEERS = {  # name in figures, what makes it of which weights, and the package it is in
+    "transformers": ("transformers' MPT, bfloat16", transformers_mpt, "bfloat16", "transformers"),
+    "ctranslate2": ("CTranslate2, 8 bits", ctranslate2_mpt, "int8", "ctranslate2"),
+    "llama.cpp-bf16": ("llama.cpp, bfloat16", llama_cpp_mpt, "bf16", "xllamacpp"),
+    "llama.cpp-q4_0": ("llama.cpp, 4 bits", llama_cpp_mpt, "q4_0", "xllamacpp"),
 }
 
 
@@ -34,7 +43,7 @@ class BenchGenerate(Bench):
 
     model: str = Field("mpt-125m", description="a named size")
     bits: list[Bits] = Field([16, 8, 4], description="of our weights")
-    peers: list[Literal["transformers", "ctranslate2"]] = Field(
+    peers: list[Literal["transformers", "ctranslate2", "llama.cpp-bf16", "llama.cpp-q4_0"]] = Field(
         list(PEERS), description="libraries to compare with; [] for none"
     )
     sequences: list[PositiveInt] = Field([1, 8], description="written at the same time")
@@ -48,7 +57,14 @@ class BenchGenerate(Bench):
         """The figures, as JSON has them."""
         config = MPTConfig.named(self.model)
         makers = {f"mptbook, {bits} bits": (ours, config, bits) for bits in self.bits}
-        makers |= {PEERS[peer][0]: (PEERS[peer][1], config, PEERS[peer][2]) for peer in self.peers}
+        for peer in self.peers:
+            name, make, weights, package = PEERS[peer]
+            if find_spec(package) is None:
+                raise ValueError(
+                    f"{peer} is in the package {package}, which is not here; pip install "
+                    "'mptbook[bench]', or name other --peers"
+                )
+            makers[name] = make, config, weights
         with ExitStack() as stack:
             workers = {
                 name: stack.enter_context(Worker(name, *maker)) for name, maker in makers.items()

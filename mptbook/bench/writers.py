@@ -7,21 +7,26 @@ prompts and to write so many tokens to each, the likeliest at each place.
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mptbook.bench.measure import process_bytes
+from mptbook.directory import save_model
 from mptbook.infer.engine import Engine
 from mptbook.infer.load import random_model, weight_bytes
 from mptbook.infer.quantize import Bits
 from mptbook.infer.request import Request
 from mptbook.infer.slots import CHUNK, Slots
 from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.bpe import train_bpe
 
 Seconds = Callable[..., float]
+SLOTS = 8  # of llama.cpp; more sequences than that wait for each other
 READ_BYTES = 400_000_000  # far more than a cache holds
 
 
@@ -102,11 +107,7 @@ def transformers_mpt(config: MPTConfig, dtype: str) -> Seconds:
 
 
 def ctranslate2_mpt(config: MPTConfig, weights: str) -> Seconds:
-    """CTranslate2, converted from transformers' model.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
+    """CTranslate2, converted from transformers' model."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter, transformers
     from tokenizers import Tokenizer, models
@@ -137,6 +138,51 @@ def ctranslate2_mpt(config: MPTConfig, weights: str) -> Seconds:
             end_token=[],
         )
         return time.perf_counter() - start
+
+    return seconds
+
+
+def llama_cpp_mpt(config: MPTConfig, weights: str) -> Seconds:
+    """llama.cpp, by the server within its Python package and without HTTP.
+
+    Args:
+        weights: f32, bf16, q8_0 or q4_0.
+    """
+    import xllamacpp
+
+    from mptbook.export import gguf
+
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    settings = xllamacpp.CommonParams()
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.n_parallel = SLOTS
+    settings.n_ctx = SLOTS * config.max_seq_len
+    settings.verbosity = -1
+    with tempfile.TemporaryDirectory() as folder:
+        source, converted = Path(folder, "source"), Path(folder, "converted")
+        tokenizer = train_bpe(["a vocabulary, which nothing here reads"] * 2, 290)
+        save_model(MPT(config).bfloat16(), source, tokenizer)
+        converted.mkdir()
+        gguf.write(source, converted, weights)
+        settings.model.path = str(converted / f"model-{weights}.gguf")
+        server = xllamacpp.Server(settings)  # which keeps the file open
+
+    def seconds(n_sequences: int, prompt_tokens: int, new_tokens: int) -> float:
+        def write(prompt: Sequence[int]) -> int:
+            how = {"n_predict": new_tokens, "temperature": 0, "ignore_eos": True}
+            how |= {"cache_prompt": False}
+            answer = server.handle_completions({"prompt": [*prompt]} | how)
+            return answer["usage"]["completion_tokens"]
+
+        prompts = some_prompts(config.vocab_size, n_sequences, prompt_tokens)
+        with ThreadPoolExecutor(n_sequences) as pool:
+            start = time.perf_counter()
+            written = [*pool.map(write, prompts)]
+            taken = time.perf_counter() - start
+        if written != [new_tokens] * n_sequences:
+            raise RuntimeError(f"it wrote {written} tokens instead of {new_tokens} each")
+        return taken
 
     return seconds
 

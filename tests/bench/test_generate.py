@@ -3,8 +3,9 @@ import json
 import pytest
 
 from mptbook.__main__ import main
-from mptbook.bench.generate import plot
-from mptbook.bench.writers import memory, ours, some_prompts
+from mptbook.bench import generate
+from mptbook.bench.generate import PEERS, plot
+from mptbook.bench.writers import llama_cpp_mpt, memory, ours, some_prompts
 from mptbook.model.config import MPTConfig
 
 TINY = {"d_model": 64, "n_heads": 2, "n_layers": 1, "max_seq_len": 64, "vocab_size": 97}
@@ -22,6 +23,23 @@ def test_more_tokens_take_longer(bits):
     assert about["weight_bytes"] >= 64 * (97 + 12 * 64) * bits / 8
     seconds(3, 5, 2)
     assert seconds(3, 5, 40) > seconds(3, 5, 1) > 0
+
+
+def test_llama_cpp_writes_as_many_tokens_to_as_many():
+    seconds = llama_cpp_mpt(MPTConfig(**TINY | {"vocab_size": 300}), "q4_0")
+    seconds(3, 5, 2)
+    assert seconds(3, 5, 40) > seconds(3, 5, 1) > 0
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_that_is_not_installed_is_named_before_anything_is_measured(
+    peer, monkeypatch, capsys
+):
+    monkeypatch.setattr(generate, "find_spec", lambda package: None)
+    assert main(["bench", "generate", "--peers", f'["{peer}"]']) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {peer} is in the package {PEERS[peer][3]}, which is not here")
+    assert said.count("\n") == 1
 
 
 def test_memory_is_read_at_a_speed_that_memory_has():
