@@ -10,6 +10,9 @@ Dimensions in this file
     V   vocabulary
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -25,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from mptbook.directory import load_model, save_model
 from mptbook.model.attention import slopes_of
@@ -266,6 +270,19 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if name not in OF_THE_LOSS and value is not None and value is not False:
             raise TypeError(f"MPTForCausalLM has no use for {name}; leave it out")
+
+
+@contextmanager
+def bars_on_a_terminal_only() -> Iterator[None]:
+    """No bars in logs and notebooks: transformers shows one for each model that it loads."""
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 AutoConfig.register("mpt", HFConfig, exist_ok=True)

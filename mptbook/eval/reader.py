@@ -11,9 +11,6 @@ Dimensions in this file
 """
 
 import inspect
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-import mptbook.hf  # noqa: F401 - so that "mpt" is ours
 from mptbook.directory import find_directory
+from mptbook.hf import bars_on_a_terminal_only  # mptbook.hf is imported so that "mpt" is ours
 from mptbook.model.precision import Precision, autocast
 
 MOST_TOKENS = 2048  # of models whose configuration does not say what they were trained on
@@ -153,7 +149,7 @@ def load_reader(
     source, how = _source(path)
     dtype = "auto" if dtype is None else dtype
     try:
-        with _bars_on_a_terminal_only():
+        with bars_on_a_terminal_only():
             tokenizer = AutoTokenizer.from_pretrained(source, **how)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **how)
     except OSError as error:
@@ -161,19 +157,6 @@ def load_reader(
         kind = ValueError if Path(source).exists() else ConnectionError
         raise kind(f"{path} cannot be loaded as a causal language model: {reason}") from error
     return Reader(model.to(device), tokenizer, precision, max_tokens)
-
-
-@contextmanager
-def _bars_on_a_terminal_only() -> Iterator[None]:
-    """transformers shows a bar for each model that it loads, in logs and notebooks too."""
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, str]]:

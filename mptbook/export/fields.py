@@ -58,12 +58,15 @@ def unusual(config: MPTConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse(config: MPTConfig, target: str) -> None:
-    """Raise a ValueError for a field that the readers of `target` would pass over."""
+    """Raise a ValueError for the fields that the readers of `target` would pass over."""
     found = unusual(config)
-    for name, (value, usual) in found.items():
-        if name not in HONOURED[target]:
-            can = [other for other, known in HONOURED.items() if known >= found.keys()]
-            raise ValueError(
-                f"{target} cannot express {name}={value} and would compute {name}={usual} in its "
-                f"place; export to {' or '.join(can)}, or serve it with mptbook"
-            )
+    lost = {name: both for name, both in found.items() if name not in HONOURED[target]}
+    if lost:
+        given, taken = (
+            " and ".join(f"{name}={both[which]}" for name, both in lost.items()) for which in (0, 1)
+        )
+        can = [other for other, known in HONOURED.items() if known >= found.keys()]
+        raise ValueError(
+            f"{target} cannot express {given} and would compute {taken} instead; export to "
+            f"{' or '.join(can)}, or serve it with mptbook"
+        )

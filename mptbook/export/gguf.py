@@ -1,7 +1,7 @@
 """GGUF: one file for llama.cpp and what is built on it, in 32, 16, 8 or 4 bits.
 
 Blocks of 32 numbers of a row share a scale in q8_0 and q4_0. Vectors stay float32, as llama.cpp
-wants them.
+wants them. It computes GELU by the approximation with tanh, from a table of float16 numbers.
 
 Source: the format as the package `gguf` writes it; llama.cpp, `src/models/mpt.cpp`.
 """

@@ -42,7 +42,10 @@ def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
     """What transformers' own MPT writes, with its cache, the likeliest token at each place."""
     from transformers import MptForCausalLM
 
-    model = MptForCausalLM.from_pretrained(out, local_files_only=True).eval()
+    from mptbook.hf import bars_on_a_terminal_only
+
+    with bars_on_a_terminal_only():
+        model = MptForCausalLM.from_pretrained(out, local_files_only=True).eval()
     answer = model.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),

@@ -141,3 +141,8 @@ def test_an_export_never_holds_the_model_twice(tmp_path, target):
     size = (tmp_path / "512" / "model.safetensors").stat().st_size  # 105 MB
     # Pages of the file that is read count, too, though the system can have them back.
     assert peak_memory(export_model_of_width, target, str(tmp_path), 512) < 1.5 * size
+
+
+def test_what_is_piped_has_no_bars(folder, capfd):
+    assert main(["export", str(folder), "--to", "hf", "--out", str(folder.parent / "hf")]) == 0
+    assert capfd.readouterr().err == ""
