@@ -24,14 +24,12 @@ from numba import float32, int8, njit, prange, types, uint16, uint32
 from numba.extending import overload
 from torch import Tensor, nn
 
+from mptbook.infer.elementwise import Norm, gelu, normalise
 from mptbook.infer.kernels import (
     COMPILED,
     PARALLEL,
     Linear,
-    Norm,
-    gelu,
     multiply,
-    normalise,
     product,
     pytorchs_threads,
     widen,

@@ -13,7 +13,6 @@ Dimensions in this file
     G   groups of inputs with a scale of their own, D / GROUP
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -59,13 +58,6 @@ class Linear(NamedTuple):
 
     weight: np.ndarray
     scale: np.ndarray
-    bias: np.ndarray
-
-
-class Norm(NamedTuple):
-    """A norm: the gain, (D,) float32, and the bias, or no elements."""
-
-    gain: np.ndarray
     bias: np.ndarray
 
 
@@ -190,7 +182,7 @@ def multiply_numbers_rows(linear, x, y):
         scale_i, scale_k = (scale[i], scale[k]) if scale.size else (float32(1), float32(1))
         bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
         for r in range(0, len(x), ROWS):
-            a, b = products(weight[i], weight[k], x[r : r + ROWS])
+            a, b = products(weight, i, k, x, r)
             for row in range(ROWS):
                 y[r + row, i] = a[row] * scale_i + bias_i
                 y[r + row, k] = b[row] * scale_k + bias_k
@@ -209,20 +201,22 @@ def multiply_nibbles_rows(linear, x, y):
             widen_nibbles(linear, k, wide[1])
             bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
             for r in range(0, len(x), ROWS):
-                a, b = products(wide[0], wide[1], x[r : r + ROWS])
+                a, b = products(wide, 0, 1, x, r)
                 for row in range(ROWS):
                     y[r + row, i] = a[row] + bias_i
                     y[r + row, k] = b[row] + bias_k
 
 
 @njit(**COMPILED)
-def products(w, v, x):
-    """Two weights, (D,), with each of `ROWS` rows of x: eight sums, which fit into registers.
+def products(weight, i, k, x, r):
+    """Outputs i and k of `ROWS` rows of x, from row r on: eight sums, which fit into registers.
 
-    Six numbers are loaded for eight multiplications; one weight and one row would take two
-    for one, and wait for loads.
+    Six numbers are loaded for eight multiplications; one output of one row would take two
+    for one, and wait for loads. Arrays come whole and not as slices: of a slice that is handed
+    on, all threads would count the references in the same place.
     """
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
+    w, v = weight[i], weight[k]
+    x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = float32(0)
     for j in range(len(w)):
         a, b = widen(w[j]), widen(v[j])
@@ -265,31 +259,3 @@ def to_whole_numbers(x, whole, unit, offset):
                 whole[g, half, j] = value
                 total += int32(value)
         offset[g] = int32(8 * total)
-
-
-@njit(**COMPILED)
-def normalise(norm, eps, rms, x, y):
-    """LayerNorm or RMSNorm of each row of x, (R, D), into y."""
-    width = x.shape[1]
-    for r in range(x.shape[0]):
-        mean = float32(0)
-        if not rms:
-            for j in range(width):
-                mean += x[r, j]
-            mean /= float32(width)
-        square = float32(0)
-        for j in range(width):
-            square += (x[r, j] - mean) ** 2
-        factor = float32(1 / math.sqrt(square / float32(width) + eps))
-        for j in range(width):
-            y[r, j] = (x[r, j] - mean) * factor * norm.gain[j]
-            if norm.bias.size:
-                y[r, j] += norm.bias[j]
-
-
-@njit(**PARALLEL)
-def gelu(y):
-    """GELU of each element, in place."""
-    flat = y.reshape(-1)
-    for i in prange(flat.size):
-        flat[i] = float32(0.5) * flat[i] * float32(1 + math.erf(flat[i] * float32(math.sqrt(0.5))))

@@ -1,0 +1,77 @@
+"""What a step does to vectors between its products: norms and GELU, compiled.
+
+Dimensions in this file
+    R   rows: sequences that a token is written for
+    D   width of a row
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import float32, njit, prange
+
+from mptbook.infer.kernels import COMPILED, PARALLEL
+
+PIECE = 1024  # numbers that a thread has in one go
+
+
+class Norm(NamedTuple):
+    """A norm: the gain, (D,) float32, and the bias, or no elements."""
+
+    gain: np.ndarray
+    bias: np.ndarray
+
+
+@njit(**COMPILED)
+def normalise(norm, eps, rms, x, y):
+    """LayerNorm or RMSNorm of each row of x, (R, D), into y."""
+    width = x.shape[1]
+    for r in range(x.shape[0]):
+        mean = float32(0)
+        if not rms:
+            for j in range(width):
+                mean += x[r, j]
+            mean /= float32(width)
+        square = float32(0)
+        for j in range(width):
+            square += (x[r, j] - mean) ** 2
+        factor = float32(1 / math.sqrt(square / float32(width) + eps))
+        for j in range(width):
+            y[r, j] = (x[r, j] - mean) * factor * norm.gain[j]
+            if norm.bias.size:
+                y[r, j] += norm.bias[j]
+
+
+@njit(**PARALLEL)
+def gelu(y):
+    """GELU of each element, in place."""
+    flat = y.reshape(-1)
+    for block in prange((flat.size + PIECE - 1) // PIECE):
+        part = flat[block * PIECE : (block + 1) * PIECE]
+        for i in range(len(part)):
+            part[i] = float32(0.5) * part[i] * (float32(1) + erf(part[i] * float32(0.5**0.5)))
+
+
+@njit(**COMPILED)
+def erf(x):
+    """The error function of a float32 number, to 2 ** -22.
+
+    Multiplications and additions only, which the compiler does for many numbers at once, as it
+    cannot with calls of `math.erf`: of 24,576 numbers GELU takes 8 microseconds instead of 70.
+
+    Source: the quotient of polynomials that Eigen and XLA take.
+    """
+    x = min(max(x, float32(-4)), float32(4))
+    s = x * x
+    above = s * float32(-2.72614225801306e-10) + float32(2.77068142495902e-08)
+    above = s * above + float32(-2.10102402082508e-06)
+    above = s * above + float32(-5.69250639462346e-05)
+    above = s * above + float32(-7.34990630326855e-04)
+    above = s * above + float32(-2.95459980854025e-03)
+    above = s * above + float32(-1.60960333262415e-02)
+    below = s * float32(-1.45660718464996e-05) + float32(-2.13374055278905e-04)
+    below = s * below + float32(-1.68282697438203e-03)
+    below = s * below + float32(-7.37332916720468e-03)
+    below = s * below + float32(-1.42647390514189e-02)
+    return x * above / below

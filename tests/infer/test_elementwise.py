@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mptbook.infer.elementwise import Norm, gelu, normalise
+
+EPS = np.finfo(np.float32).eps
+
+
+def test_gelu_is_exact_to_float32_over_all_that_it_changes():
+    x = np.linspace(-20, 20, 400_001, dtype=np.float32)
+    found = x.copy()
+    gelu(found)
+    exact = F.gelu(torch.from_numpy(x).double()).numpy()
+    assert np.all(np.abs(found - exact) <= 2.5 * EPS * np.maximum(1, np.abs(x)))
+    theirs = F.gelu(torch.from_numpy(x)).numpy()
+    assert np.abs(found - exact).max() < 2 * np.abs(theirs - exact).max()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1, 1024), (5, 411)])
+def test_gelu_takes_every_element_of_every_row(shape):
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    found = x.copy()
+    gelu(found)
+    np.testing.assert_allclose(found, F.gelu(torch.from_numpy(x)), atol=1e-6)
+
+
+def test_gelu_of_what_is_no_number_is_none():
+    x = np.array([[np.nan, np.inf, 0.0, -1e30]], np.float32)
+    gelu(x)
+    assert np.isnan(x[0, 0])
+    assert x[0, 1:].tolist() == [np.inf, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_norms_are_pytorchs(rms, biased):
+    chance = np.random.default_rng(0)
+    x, gain, bias = (chance.standard_normal(n, np.float32) for n in ((3, 17), 17, 17))
+    found = np.empty_like(x)
+    normalise(Norm(gain, bias if biased else np.empty(0, np.float32)), 1e-5, rms, x, found)
+    theirs = F.rms_norm if rms else F.layer_norm
+    expected = theirs(torch.from_numpy(x), (17,), torch.from_numpy(gain), eps=1e-5).numpy()
+    np.testing.assert_allclose(found, expected + bias * biased, atol=2e-6)
