@@ -4,8 +4,11 @@ import ipaddress
 import os
 import signal
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -21,6 +24,7 @@ from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 
+T = TypeVar("T")
 KEY = "MPTBOOK_API_KEY"
 MOST_TOKENS = 4096  # of a slot, unless more are asked for: a cache of 65,536 is for few machines
 
@@ -74,7 +78,7 @@ class Serve(RunSettings):
         with server.bound(self.host, self.port) as listener:
             folder = find_directory(self.model)
             tokenizer, template = Tokenizer.load(folder), find_template(self.template, folder)
-            slots = self._slots(folder, tokenizer)
+            slots = elsewhere(self._slots, folder, tokenizer)
             name = self.name or name_of(self.model, folder)
             metrics = Metrics(name)
             how = {"chunk_tokens": self.chunk_tokens, "queue": self.limits.waiting}
@@ -116,6 +120,29 @@ class Serve(RunSettings):
         for slot in range(n):
             slots.crop(slot, 0)
         return slots
+
+
+def elsewhere(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns or raises, called in a thread of its own that ends with it.
+
+    OpenMP gives every thread that computes helpers, for as long as it lives. With those of two
+    threads there would be more than processors: then helpers sleep between any two loops instead
+    of waiting, and a token takes 10 ms instead of 4 (measured, two cores). So the main thread of
+    a server computes nothing, and only the engine's has helpers.
+    """
+    outcome: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function(*arguments))
+        except Exception as error:  # raised again where it is waited for
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # Ctrl-C need not wait for it
+    thread.start()
+    found = outcome.result()
+    thread.join()
+    return found
 
 
 def about(name: str, listener: socket.socket, slots: Slots) -> str:

@@ -67,6 +67,42 @@ def test_the_command_serves_until_it_is_told_to_end_and_finishes_what_runs(folde
             httpx.get(f"{url}/health")
 
 
+HELPERS = """
+import os
+import time
+from mptbook.infer.load import random_model
+from mptbook.infer.slots import Slots
+from mptbook.model.config import MPTConfig
+from mptbook.serve.command import elsewhere
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def compute():
+    model = random_model(MPTConfig(d_model=64, n_heads=2, n_layers=1, vocab_size=300), 8)
+    slots = Slots(model, 1, 90)
+    slots.read(0, [7] * 70)
+    return slots.decode([0], [7]).shape
+
+def settled():
+    time.sleep(1)  # helpers that were dismissed take a moment
+    return threads()
+
+assert elsewhere(compute) == (1, 300)
+before = settled()  # libraries have started what they keep
+elsewhere(compute)
+assert settled() == before, "helpers are left"
+compute()
+assert settled() > before, "there was nothing to see"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_what_loads_the_model_leaves_no_helpers_beside_those_of_the_engine():
+    words = [sys.executable, "-c", HELPERS]
+    subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "3"}, check=True, timeout=120)
+
+
 def test_who_reads_the_line_can_ask_or_end_the_server_at_once(folder):
     words = [sys.executable, "-m", "mptbook", "serve", str(folder), "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != KEY}
