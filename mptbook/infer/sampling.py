@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FEW = 1024
+LEAST = 1e-30  # what float32 can still divide by; as certain as 0, but equals share
 
 
 def sample(
@@ -40,13 +41,15 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=1)
-    probabilities = (logits.float() / temperature).softmax(dim=1)
+    # Below zero before they are divided, so that no temperature makes infinities of them.
+    below = logits.float() - logits.amax(dim=1, keepdim=True)
+    probabilities = (below / max(temperature, LEAST)).softmax(dim=1)
     if top_k is None and top_p is None:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     ordered, tokens = _likeliest(probabilities, top_k, top_p)
     if top_p is not None:
-        before = ordered.cumsum(dim=1) - ordered
-        ordered[before >= top_p] = 0  # the first token always stays: before it lies 0
+        reached = ordered.cumsum(dim=1)[:, :-1]  # before each but the first, which always stays
+        ordered[:, 1:][reached >= top_p] = 0
     choice = torch.multinomial(ordered, 1, generator=generator)
     return tokens.gather(1, choice)[:, 0]
 

@@ -17,9 +17,6 @@ from mptbook.serve.words import Words
 from mptbook.tokenizer.chat import ChatTemplate, check_marks, encode_prompt, stop_ids
 from mptbook.tokenizer.tokenizer import Tokenizer
 
-# Below these a draw is as good as certain, and floating point would divide by zero.
-LEAST_TEMPERATURE = 1e-3
-LEAST_TOP_P = 1e-6
 TALK = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
 
 
@@ -185,8 +182,8 @@ class Served:
         try:
             return Request(
                 tuple(ids),
-                temperature=asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0.0,
-                top_p=None if asked.top_p == 1 else max(asked.top_p, LEAST_TOP_P),
+                temperature=asked.temperature,
+                top_p=None if asked.top_p == 1 else asked.top_p,
                 top_k=asked.top_k,
                 seed=seed,
                 stop=(*asked.stops, *marks),

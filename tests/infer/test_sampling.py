@@ -35,6 +35,14 @@ def test_top_p_always_keeps_one_token():
     assert draws(top_p=1e-9) == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("least", [1e-30, 1e-300, 5e-324])
+def test_the_smallest_numbers_are_as_good_as_none(least):
+    logits = torch.tensor([[1.0, 9.0, -float("inf")], [80.0, 79.999, 3.0]])
+    for how in ({}, {"top_p": least}, {"top_k": 2}):
+        assert sample(logits, temperature=least, **how).tolist() == [1, 0]
+    assert draws(top_p=least) == [0, 1, 0, 0]
+
+
 def test_a_low_temperature_sharpens_and_a_high_one_flattens():
     generator = torch.Generator().manual_seed(0)
     many = LOGITS.expand(4000, -1)
