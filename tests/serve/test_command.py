@@ -103,17 +103,21 @@ def test_what_loads_the_model_leaves_no_helpers_beside_those_of_the_engine():
     subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "3"}, check=True, timeout=120)
 
 
-def test_who_reads_the_line_can_ask_or_end_the_server_at_once(folder):
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_who_reads_the_line_can_ask_or_end_the_server_at_once(folder, end, code):
     words = [sys.executable, "-m", "mptbook", "serve", str(folder), "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != KEY}
     how = {"env": environment | {"OMP_NUM_THREADS": "1"}, "text": True}
     for asks in (True, False):
-        with subprocess.Popen(words, stdout=subprocess.PIPE, **how) as process:
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+        ) as process:
             url = process.stdout.readline().split()[2].rstrip(":")
             if asks:
                 assert httpx.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            process.send_signal(end)
+            assert process.wait(30) == code
+            assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org"])
