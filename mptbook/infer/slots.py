@@ -11,7 +11,7 @@ Dimensions in this file
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from mptbook.infer.cache import windows_of
 from mptbook.infer.decode import Cache, Decoder, is_plain
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import autocast
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 CHUNK = 2048  # tokens read at once, so that what a layer needs besides does not grow
@@ -48,9 +49,10 @@ class Slots:
         self.model, self.n_slots, self.n_tokens = model.eval(), n_slots, n_tokens
         self.lengths = [0] * n_slots
         attn = model.transformer.blocks[0].attn
+        self._packed = hasattr(attn.Wqkv, "packed")
         if dtype is None:
             gain = model.transformer.norm_f.weight
-            whole = gain.dtype == torch.float32 and not hasattr(attn.Wqkv, "packed")
+            whole = gain.dtype == torch.float32 and not self._packed
             dtype = "float32" if whole else "bfloat16"
         layers, kind = model.config.n_layers, getattr(torch, dtype)
         shape = layers, n_slots, attn.kv_heads, n_tokens, attn.width
@@ -87,7 +89,7 @@ class Slots:
         found = []
         for start in range(0, len(ids), CHUNK):
             part = torch.tensor([ids[start : start + CHUNK]], device=self.model.device)
-            hidden = self.model.hidden(part, None, _Slot(self, slot))
+            hidden = self._hidden(part, None, _Slot(self, slot))
             self.lengths[slot] += part.shape[1]
             if every:
                 found.append(self.model.logits(hidden)[0].float())
@@ -118,7 +120,7 @@ class Slots:
         ids = torch.tensor([token for text in texts for token in text], device=self.model.device)
         documents = torch.arange(len(texts)).repeat_interleave(sizes).to(ids.device)
         cache = _Texts(self, slots, sizes.tolist())
-        hidden = self.model.hidden(ids[None], documents[None], cache)[0]
+        hidden = self._hidden(ids[None], documents[None], cache)[0]
         for slot, size in zip(slots, sizes.tolist(), strict=True):
             self.lengths[slot] = size
         return self._logits(hidden[sizes.cumsum(0).to(ids.device) - 1])
@@ -174,6 +176,14 @@ class Slots:
             bits = [kept.view(torch.uint16) for kept in bits]
         return Cache(*(each.numpy() for each in (*bits, self.key_scale, self.value_scale)))
 
+    def _hidden(self, *given: Any) -> Tensor:
+        """`MPT.hidden`, in bfloat16 throughout where products with packed weights are and the cache
+        holds no more: in float32, attention takes a third of the time of 512 tokens."""
+        if not self._packed or self.keys.dtype == torch.float32:
+            return self.model.hidden(*given)
+        with autocast(self.model.device):
+            return self.model.hidden(*given).float()
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """(R, V) float32 of the (R, D) of the last norm; R is small."""
         if self._compiled:
@@ -184,7 +194,7 @@ class Slots:
     def _decode_padded(self, slots, lengths, ids) -> Tensor:
         device = self.model.device
         rows = _Rows(self, slots, lengths)
-        hidden = self.model.hidden(torch.tensor(ids, device=device)[:, None], rows.documents, rows)
+        hidden = self._hidden(torch.tensor(ids, device=device)[:, None], rows.documents, rows)
         return self.model.logits(hidden)[:, 0].float()
 
     def _windows(self) -> list[list[int]]:

@@ -88,18 +88,24 @@ class Serve(RunSettings):
             app = server.make_app(served, metrics, key)
             runs = server.server_of(app, served, self.access_log)
 
-            def end(*_: object) -> None:
+            came: set[int] = set()
+
+            def end(number: int, _: object) -> None:
+                came.add(number)
                 runs.should_exit = True
 
             # For a signal before uvicorn listens to them, and for the one that it sends itself
             # again when it has finished what runs.
-            previous = signal.signal(signal.SIGTERM, end)
+            previous = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGINT)}
             listener.listen()  # who reads the line may ask at once
             print(about(name, listener, slots), flush=True)
             try:
                 runs.run(sockets=[listener])
             finally:
-                signal.signal(signal.SIGTERM, previous)
+                for each, handler in previous.items():
+                    signal.signal(each, handler)
+            if signal.SIGINT in came:
+                raise KeyboardInterrupt
 
     def _slots(self, folder: Path, tokenizer: Tokenizer) -> Slots:
         """The model with its cache, tried out."""

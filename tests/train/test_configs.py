@@ -19,8 +19,8 @@ from mptbook.train.run import _curriculum
 SOURCES = "mpt-sources.toml"
 RUNS = sorted(
     path.name
-    for path in CONFIGS.glob("*.toml")
-    if path.name != SOURCES and not re.search("instruct|chat", path.name)  # these are finetunings
+    for path in CONFIGS.glob("*.toml")  # of which some are finetunings, and some serve
+    if path.name != SOURCES and not re.search("instruct|chat|serve", path.name)
 )
 
 
