@@ -26,7 +26,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 
 book: $(READY)
 	$(BIN)/mptbook corpora
-	@echo "training the small model, unless it is in the cache (seven to fourteen minutes)"
+	@echo "training the small model, unless it is in the cache (eight to forty minutes, by processor)"
 	$(BIN)/python -m mptbook.train.recipe
 	$(BIN)/python book/_ext/notebooks.py --check
 	@echo "running the chapters whose code or package changed, and building the site"
