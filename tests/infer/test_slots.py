@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptbook.infer.quantize import quantize
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
+from mptbook.model.precision import autocast
 
 V = 97
 SHAPES = {
@@ -163,6 +165,28 @@ def test_the_cache_has_the_size_that_its_shape_says():
     assert Slots(model(), slots, tokens, "bfloat16").bytes == 2 * each
     scales = 2 * layers * slots * tokens * 6 * 4
     assert Slots(model(), slots, tokens, "int8").bytes == each + scales
+
+
+@pytest.mark.parametrize("chunk", [41, 400])
+def test_a_packed_model_reads_a_long_prompt_as_well_at_its_end(chunk):
+    # In bfloat16 where there are units for it, as training computes; distances must not be
+    # rounded with the rest.
+    torch.manual_seed(1)
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=V)
+    packed, ids = quantize(MPT(config), 16), some_ids(1, 400)[0].tolist()
+
+    def log_probs(dtype, chunk):
+        slots = Slots(packed, 1, 400, dtype)
+        parts = [slots.read(0, ids[at : at + chunk], every=True) for at in range(0, 400, chunk)]
+        return torch.cat(parts).log_softmax(1)
+
+    exact = log_probs("float32", 400)
+    with torch.no_grad(), autocast(packed.device):
+        trained = packed(torch.tensor([ids]))[0].float().log_softmax(1)
+    apart = (log_probs("bfloat16", chunk) - exact).abs().amax(1)
+    kept = COARSE["bfloat16"] * exact.abs().max()  # what the cache alone may change
+    assert apart.max() < 1.5 * (trained - exact).abs().max() + kept
+    assert apart[200:].mean() < 1.2 * apart[:200].mean() + 1e-3
 
 
 def test_a_bfloat16_model_has_a_bfloat16_cache(form):
