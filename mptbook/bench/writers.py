@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mptbook.bench.clients import write_random
 from mptbook.bench.measure import process_bytes
-from mptbook.directory import save_model
 from mptbook.infer.engine import Engine
 from mptbook.infer.load import random_model, weight_bytes
 from mptbook.infer.quantize import Bits
 from mptbook.infer.request import Request
 from mptbook.infer.slots import CHUNK, Slots
 from mptbook.model.config import MPTConfig
-from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
 
 Seconds = Callable[..., float]
@@ -152,9 +151,7 @@ def llama_cpp_mpt(config: MPTConfig, weights: str) -> Seconds:
 
     from mptbook.export import gguf
 
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    settings = xllamacpp.CommonParams()
+    settings, threads = xllamacpp.CommonParams(), torch.get_num_threads()
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.n_parallel = SLOTS
     settings.n_ctx = SLOTS * config.max_seq_len
@@ -162,7 +159,7 @@ def llama_cpp_mpt(config: MPTConfig, weights: str) -> Seconds:
     with tempfile.TemporaryDirectory() as folder:
         source, converted = Path(folder, "source"), Path(folder, "converted")
         tokenizer = train_bpe(["a vocabulary, which nothing here reads"] * 2, 290)
-        save_model(MPT(config).bfloat16(), source, tokenizer)
+        write_random(config, tokenizer, source)
         converted.mkdir()
         gguf.write(source, converted, weights)
         settings.model.path = str(converted / f"model-{weights}.gguf")

@@ -62,9 +62,8 @@ def refuse(config: MPTConfig, target: str) -> None:
     found = unusual(config)
     lost = {name: both for name, both in found.items() if name not in HONOURED[target]}
     if lost:
-        given, taken = (
-            " and ".join(f"{name}={both[which]}" for name, both in lost.items()) for which in (0, 1)
-        )
+        given = " and ".join(f"{name}={value}" for name, (value, _) in lost.items())
+        taken = " and ".join(f"{name}={usual}" for name, (_, usual) in lost.items())
         can = [other for other, known in HONOURED.items() if known >= found.keys()]
         raise ValueError(
             f"{target} cannot express {given} and would compute {taken} instead; export to "
