@@ -131,17 +131,17 @@ class Serve(RunSettings):
 def elsewhere(function: Callable[..., T], *arguments: Any) -> T:
     """What a function returns or raises, called in a thread of its own that ends with it.
 
-    OpenMP gives every thread that computes helpers, for as long as it lives. With those of two
-    threads there would be more than processors: then helpers sleep between any two loops instead
-    of waiting, and a token takes 10 ms instead of 4 (measured, two cores). So the main thread of
-    a server computes nothing, and only the engine's has helpers.
+    OpenMP keeps a team of worker threads for every thread that computes, as long as it lives. Of
+    two teams there are more threads than processors: workers then sleep between any two loops
+    instead of waiting awake, and a token takes 10 ms instead of 4 (measured, two cores). So the
+    main thread of a server computes nothing, and only the engine's has a team.
     """
     outcome: Future[T] = Future()
 
     def call() -> None:
         try:
             outcome.set_result(function(*arguments))
-        except Exception as error:  # raised again where it is waited for
+        except BaseException as error:  # raised again where it is waited for
             outcome.set_exception(error)
 
     thread = threading.Thread(target=call, daemon=True)  # Ctrl-C need not wait for it

@@ -67,7 +67,7 @@ def test_the_command_serves_until_it_is_told_to_end_and_finishes_what_runs(folde
             httpx.get(f"{url}/health")
 
 
-HELPERS = """
+TEAMS = """
 import os
 import time
 from mptbook.infer.load import random_model
@@ -85,21 +85,21 @@ def compute():
     return slots.decode([0], [7]).shape
 
 def settled():
-    time.sleep(1)  # helpers that were dismissed take a moment
+    time.sleep(1)  # workers that were dismissed take a moment
     return threads()
 
 assert elsewhere(compute) == (1, 300)
 before = settled()  # libraries have started what they keep
 elsewhere(compute)
-assert settled() == before, "helpers are left"
+assert settled() == before, "workers are left"
 compute()
 assert settled() > before, "there was nothing to see"
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
-def test_what_loads_the_model_leaves_no_helpers_beside_those_of_the_engine():
-    words = [sys.executable, "-c", HELPERS]
+def test_what_loads_the_model_leaves_no_workers_beside_those_of_the_engine():
+    words = [sys.executable, "-c", TEAMS]
     subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "3"}, check=True, timeout=120)
 
 
