@@ -24,7 +24,7 @@ from numba import float32, int8, njit, prange, types, uint16, uint32
 from numba.extending import overload
 from torch import Tensor, nn
 
-from mptbook.infer.elementwise import Norm, gelu, normalise
+from mptbook.infer.elementwise import Norm, clip, gelu, normalise
 from mptbook.infer.kernels import (
     COMPILED,
     PARALLEL,
@@ -158,11 +158,10 @@ def _norm(norm: NormModule | None) -> Norm:
 def _linear(layer: nn.Module) -> Linear:
     """Of an `nn.Linear` or `nn.Embedding`, or of what `mptbook.infer.quantize` makes of them."""
     bias = _floats(getattr(layer, "bias", None))
-    if hasattr(layer, "packed"):
-        shape = (0, 0) if layer.packed.dim() == 3 else (0,)
-        scale = np.empty(shape, np.float32) if layer.scale is None else layer.scale.numpy()
-        return Linear(_bits(layer.packed), scale, bias)
-    return Linear(_bits(layer.weight.detach()), np.empty(0, np.float32), bias)
+    weight = layer.packed if hasattr(layer, "packed") else layer.weight.detach()
+    scale = getattr(layer, "scale", None)
+    scale = np.empty((0, 0), np.float32) if scale is None else scale.view(len(weight), -1).numpy()
+    return Linear(_bits(weight), scale, bias)
 
 
 def _bits(weight: Tensor) -> np.ndarray:
@@ -191,7 +190,8 @@ def step(x, weights, cache, slots, lengths, slopes, shape):
         layer = layers[number]
         normalise(layer.norm_1, shape.eps, shape.rms, x, normed)
         multiply(layer.Wqkv, normed, qkv)
-        np.clip(qkv, -shape.clip, shape.clip, qkv)
+        if shape.clip < math.inf:
+            clip(qkv, float32(shape.clip))
         if layer.q_ln.gain.size:
             q, k = qkv[:, :inner], qkv[:, inner : inner + keys]
             normalise(layer.q_ln, shape.eps, shape.rms, q, q)

@@ -9,11 +9,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import float32, njit, prange
+from numba import float32, njit
 
-from mptbook.infer.kernels import COMPILED, PARALLEL
-
-PIECE = 1024  # numbers that a thread has in one go
+from mptbook.infer.kernels import COMPILED
 
 
 class Norm(NamedTuple):
@@ -43,14 +41,20 @@ def normalise(norm, eps, rms, x, y):
                 y[r, j] += norm.bias[j]
 
 
-@njit(**PARALLEL)
+@njit(**COMPILED)
 def gelu(y):
     """GELU of each element, in place."""
     flat = y.reshape(-1)
-    for block in prange((flat.size + PIECE - 1) // PIECE):
-        part = flat[block * PIECE : (block + 1) * PIECE]
-        for i in range(len(part)):
-            part[i] = float32(0.5) * part[i] * (float32(1) + erf(part[i] * float32(0.5**0.5)))
+    for i in range(flat.size):
+        flat[i] = float32(0.5) * flat[i] * (float32(1) + erf(flat[i] * float32(0.5**0.5)))
+
+
+@njit(**COMPILED)
+def clip(y, most):
+    """Each element to between -most and most, in place."""
+    flat = y.reshape(-1)
+    for i in range(flat.size):
+        flat[i] = max(min(flat[i], most), -most)
 
 
 @njit(**COMPILED)

@@ -6,6 +6,9 @@ stored in, and to widen it on the way. PyTorch's products are made for many rows
 of the memory's speed for one, or less where weights have 16 bits and the processor has no units
 for them. These are loops, compiled by Numba at their first call (seconds; kept on disk).
 
+A row becomes the same, to the last bit, whatever rows are beside it: each sum is taken in the
+same order for one row and for several.
+
 Dimensions in this file
     R   rows: sequences that a token is written for
     N   outputs of a layer
@@ -20,18 +23,34 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
-from numba import float32, int16, int32, njit, prange, types
+from numba import float32, int16, int32, int64, njit, prange, types
 from numba.extending import overload
 
+from mptbook.infer.vectors import (
+    LANES,
+    PAIRS,
+    add_products,
+    add_scaled,
+    add_up,
+    ask_ahead,
+    load,
+    load_bytes,
+    load_nibbles,
+    whole_zeros,
+    zeros,
+)
+
+# NumPy's division: one that had to raise for a zero would keep a loop from using wide registers.
+EXACT = {"error_model": "numpy", "cache": True, "nogil": True}
+EXACT_PARALLEL = EXACT | {"parallel": True}
 # A sum may be taken in any order, which lets the compiler use wide registers; infinities and
 # NaN keep their meaning.
-COMPILED = {"fastmath": {"reassoc", "contract", "nsz"}, "cache": True, "nogil": True}
+COMPILED = EXACT | {"fastmath": {"reassoc", "contract", "nsz"}}
 PARALLEL = COMPILED | {"parallel": True}
 
 GROUP = 64  # inputs that share a scale where weights have 4 bits
-HALF = GROUP // 2
-BLOCK = 32  # outputs that a thread has in one go
-ROWS = 4  # that are multiplied together
+MOST = 4096  # inputs whose products, of 8 and 16 bits, add up in a vector without overflow
+ROWS = LANES // 4  # that are multiplied together: all sums of four outputs fit into the registers
 
 
 @contextmanager
@@ -52,7 +71,7 @@ class Linear(NamedTuple):
         weight: (N, D) float32, uint16 (the bits of bfloat16) or int8; or 4 bits each in
             (N, G, GROUP / 2) uint8: input j of a group in the low half of byte j, input
             GROUP / 2 + j in the high half, each 8 more than it is.
-        scale: (N,) float32 of int8, (N, G) of 4 bits.
+        scale: (N, 1) float32 of int8, (N, G) of 4 bits.
         bias: (N,) float32.
     """
 
@@ -86,24 +105,16 @@ def multiply(linear, x, y):
 
 @overload(multiply, jit_options=COMPILED)
 def _multiply(linear, x, y):
-    packed = linear.types[0].dtype == types.uint8
-    one = multiply_nibbles if packed else multiply_numbers
-    many = multiply_nibbles_rows if packed else multiply_numbers_rows
+    stored = linear.types[0].dtype
+    if stored == types.uint8:
+        return lambda linear, x, y: multiply_nibbles(linear, x, y)
+    many, n = (multiply_bytes, PAIRS) if stored == types.int8 else (multiply_floats, LANES)
 
-    def choose(linear, x, y):
-        n_rows = len(x)
-        if n_rows == 1:
-            one(linear, x[0], y[0])
-        elif n_rows % ROWS == 0:
-            many(linear, x, y)
-        else:  # some rows of zeros cost less than loops for every number of rows
-            filled = np.zeros((n_rows + ROWS - n_rows % ROWS, x.shape[1]), np.float32)
-            filled[:n_rows] = x
-            found = np.empty((len(filled), y.shape[1]), np.float32)
-            many(linear, filled, found)
-            y[:] = found[:n_rows]
+    def multiply(linear, x, y):
+        many(linear, x, y)
+        add_rest(linear, x, y, len(x[0]) // n * n)
 
-    return choose
+    return multiply
 
 
 @njit(**COMPILED)
@@ -114,148 +125,163 @@ def product(linear, x):
     return y
 
 
-@njit(**PARALLEL)
-def multiply_numbers(linear, x, y):
-    """`multiply` of one row, for weights of 8 bits or more.
+@njit(**EXACT_PARALLEL)
+def multiply_floats(linear, x, y):
+    """`multiply` for weights of 16 or 32 bits, but for inputs at the end that fill no vector.
 
     Each thread reads four places of the matrix at a time: memory serves several streams faster
-    than one (measured: 28 against 17 GB/s).
+    than one.
     """
-    weight, scale, bias = linear
-    quarter, width = len(weight) // 4, len(x)
+    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
     for i in prange(quarter):
-        w0, w1 = weight[i], weight[i + quarter]
-        w2, w3 = weight[i + 2 * quarter], weight[i + 3 * quarter]
-        a = b = c = d = float32(0)
-        for j in range(width):
-            number = x[j]
-            a += widen(w0[j]) * number
-            b += widen(w1[j]) * number
-            c += widen(w2[j]) * number
-            d += widen(w3[j]) * number
-        y[i], y[i + quarter], y[i + 2 * quarter], y[i + 3 * quarter] = a, b, c, d
-    for i in range(4 * quarter, len(weight)):
-        last, a = weight[i], float32(0)
-        for j in range(width):
-            a += widen(last[j]) * x[j]
-        y[i] = a
-    if scale.size:
-        y *= scale
-    if bias.size:
-        y += bias
+        for r in range(0, n_rows - ROWS + 1, ROWS):
+            float_products(linear, i, x, r, y, zeros(ROWS))
+        for r in range(n_rows - n_rows % ROWS, n_rows):
+            float_products(linear, i, x, r, y, zeros(1))
 
 
-@njit(**PARALLEL)
+@njit(**EXACT)
+def float_products(linear, i, x, r, y, sums):
+    """Output i of each fourth of all, for rows of x from r on.
+
+    Args:
+        sums: `zeros` of as many rows. For four rows all sixteen sums stay in registers, and eight
+            vectors are loaded for sixteen multiplications; one output of one row would take two
+            for one.
+    """
+    weight = linear.weight
+    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
+    a = b = c = d = sums
+    for j in range(0, weight.shape[1] - LANES + 1, LANES):
+        a = add_products(a, load(weight, (i0, j)), x, r, j)
+        b = add_products(b, load(weight, (i1, j)), x, r, j)
+        c = add_products(c, load(weight, (i2, j)), x, r, j)
+        d = add_products(d, load(weight, (i3, j)), x, r, j)
+        for output in outputs:
+            ask_ahead(weight, (output, j))
+    write(add_up(a, b, c, d), linear.bias, outputs, r, y)
+
+
+@njit(**EXACT_PARALLEL)
+def multiply_bytes(linear, x, y):
+    """`multiply` for weights of 8 bits, but for inputs at the end that fill no vector.
+
+    Products of 16-bit whole numbers are added in 32 bits, two to an instruction: twice as many at
+    a time as of float32. So inputs are written as whole numbers up to 32,767 times a unit, which
+    changes them by 2 ** -16 of the largest: less than bfloat16, which changes the largest itself
+    by 2 ** -9, and far less than 8 bits do to the weights.
+    """
+    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
+    whole = np.empty(x.shape, np.int16)
+    unit = to_whole_numbers(x, whole).reshape(-1, 1)
+    for i in prange(quarter):
+        for r in range(0, n_rows - ROWS + 1, ROWS):
+            byte_products(linear, i, whole, unit, r, y, zeros(ROWS))
+        for r in range(n_rows - n_rows % ROWS, n_rows):
+            byte_products(linear, i, whole, unit, r, y, zeros(1))
+
+
+@njit(**EXACT)
+def byte_products(linear, i, x, unit, r, y, sums):
+    """`float_products` of whole numbers and weights of 8 bits."""
+    weight, scale, bias = linear
+    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
+    a = b = c = d = sums
+    for start in range(0, x.shape[1], MOST):
+        of_a = of_b = of_c = of_d = whole_zeros(sums)
+        for j in range(start, min(start + MOST, x.shape[1]) - PAIRS + 1, PAIRS):
+            of_a = add_products(of_a, load_bytes(weight, (i0, j)), x, r, j)
+            of_b = add_products(of_b, load_bytes(weight, (i1, j)), x, r, j)
+            of_c = add_products(of_c, load_bytes(weight, (i2, j)), x, r, j)
+            of_d = add_products(of_d, load_bytes(weight, (i3, j)), x, r, j)
+            for output in outputs:
+                ask_ahead(weight, (output, j))
+        a = add_scaled(a, of_a, scale[i0, 0], unit, r, 0)
+        b = add_scaled(b, of_b, scale[i1, 0], unit, r, 0)
+        c = add_scaled(c, of_c, scale[i2, 0], unit, r, 0)
+        d = add_scaled(d, of_d, scale[i3, 0], unit, r, 0)
+    write(add_up(a, b, c, d), bias, outputs, r, y)
+
+
+@njit(**EXACT_PARALLEL)
 def multiply_nibbles(linear, x, y):
-    """`multiply` of one row, for weights of 4 bits.
+    """`multiply` for weights of 4 bits: as with 8, and a unit for each group of inputs."""
+    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
+    whole = np.empty(x.shape, np.int16)
+    groups = to_whole_numbers(x.reshape(-1, GROUP), whole.reshape(-1, GROUP))
+    unit = groups.reshape(n_rows, -1)
+    for i in prange(quarter):
+        for r in range(0, n_rows - ROWS + 1, ROWS):
+            nibble_products(linear, i, whole, unit, r, y, zeros(ROWS))
+        for r in range(n_rows - n_rows % ROWS, n_rows):
+            nibble_products(linear, i, whole, unit, r, y, zeros(1))
 
-    Products of 16-bit whole numbers are added in 32 bits, two to an instruction where there is
-    one. So each group of inputs is written as whole numbers up to 32,767 times a scale, which
-    changes it by 2 ** -16 of its largest: far less than 4 bits do to the weights.
-    """
+
+@njit(**EXACT)
+def nibble_products(linear, i, x, unit, r, y, sums):
+    """`float_products` of whole numbers and weights of 4 bits."""
     weight, scale, bias = linear
-    n_groups = weight.shape[1]
-    whole = np.empty((n_groups, 2, HALF), np.int16)
-    unit = np.empty(n_groups, np.float32)
-    offset = np.empty(n_groups, np.int32)
-    to_whole_numbers(x, whole, unit, offset)
+    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
+    a = b = c = d = sums
+    for g in range(unit.shape[1]):
+        a = add_scaled(a, group_products(weight, i0, g, x, r, sums), scale[i0, g], unit, r, g)
+        b = add_scaled(b, group_products(weight, i1, g, x, r, sums), scale[i1, g], unit, r, g)
+        c = add_scaled(c, group_products(weight, i2, g, x, r, sums), scale[i2, g], unit, r, g)
+        d = add_scaled(d, group_products(weight, i3, g, x, r, sums), scale[i3, g], unit, r, g)
+    write(add_up(a, b, c, d), bias, outputs, r, y)
+
+
+@njit(**EXACT)
+def group_products(weight, i, g, x, r, sums):
+    """Products of one group of output i, in whole numbers."""
+    totals = whole_zeros(sums)
+    ask_ahead(weight, (i, g, 0))
+    vectors = load_nibbles(weight, (i, g, 0))
+    for n in range(len(vectors)):
+        totals = add_products(totals, vectors[n], x, r, g * GROUP + n * PAIRS)
+    return totals
+
+
+@njit(**EXACT)
+def four_outputs(weight, i):
+    """One of each fourth; where there is no multiple of four, some come twice."""
+    i, quarter, last = int64(i), (len(weight) + 3) // 4, len(weight) - 1
+    return i, min(i + quarter, last), min(i + 2 * quarter, last), min(i + 3 * quarter, last)
+
+
+@njit(**EXACT)
+def write(found, bias, outputs, r, y):
+    """What `add_up` gives, into the rows of y from r on."""
+    for k in range(len(found) // 4):
+        for n, i in enumerate(outputs):
+            y[r + k, i] = found[4 * k + n] + bias[i] if bias.size else found[4 * k + n]
+
+
+@njit(**EXACT_PARALLEL)
+def add_rest(linear, x, y, start):
+    """Add the products of inputs from `start` on, which fill no vector, to y."""
+    weight, scale, _ = linear
+    if start == weight.shape[1]:
+        return
     for i in prange(len(weight)):
-        total = bias[i] if bias.size else float32(0)
-        for g in range(n_groups):
-            w, low, high = weight[i, g], whole[g, 0], whole[g, 1]
-            a = int32(0)
-            for j in range(HALF):
-                b = int16(w[j])
-                a = int32(a + int32(int32(int16(b & int16(15))) * int32(low[j])))
-                a = int32(a + int32(int32(int16(b >> int16(4))) * int32(high[j])))
-            total += float32(int32(a - offset[g])) * scale[i, g] * unit[g]
-        y[i] = total
+        factor = scale[i, 0] if scale.size else float32(1)
+        for r in range(len(x)):
+            for j in range(start, weight.shape[1]):
+                y[r, i] += widen(weight[i, j]) * x[r, j] * factor
 
 
-@njit(**PARALLEL)
-def multiply_numbers_rows(linear, x, y):
-    """`multiply` of a multiple of `ROWS` rows, for weights of 8 bits or more."""
-    weight, scale, bias = linear
-    half = (len(weight) + 1) // 2
-    for i in prange(half):
-        k = min(i + half, len(weight) - 1)  # two streams; of an odd number one output comes twice
-        scale_i, scale_k = (scale[i], scale[k]) if scale.size else (float32(1), float32(1))
-        bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
-        for r in range(0, len(x), ROWS):
-            a, b = products(weight, i, k, x, r)
-            for row in range(ROWS):
-                y[r + row, i] = a[row] * scale_i + bias_i
-                y[r + row, k] = b[row] * scale_k + bias_k
-
-
-@njit(**PARALLEL)
-def multiply_nibbles_rows(linear, x, y):
-    """`multiply` of a multiple of `ROWS` rows, for weights of 4 bits: each is widened once."""
-    weight, _, bias = linear
-    n_blocks = (len(weight) + BLOCK - 1) // BLOCK
-    for block in prange(n_blocks):
-        wide = np.empty((2, x.shape[1]), np.float32)
-        for i in range(block * BLOCK, min(len(weight), (block + 1) * BLOCK), 2):
-            k = min(i + 1, len(weight) - 1)
-            widen_nibbles(linear, i, wide[0])
-            widen_nibbles(linear, k, wide[1])
-            bias_i, bias_k = (bias[i], bias[k]) if bias.size else (float32(0), float32(0))
-            for r in range(0, len(x), ROWS):
-                a, b = products(wide, 0, 1, x, r)
-                for row in range(ROWS):
-                    y[r + row, i] = a[row] + bias_i
-                    y[r + row, k] = b[row] + bias_k
-
-
-@njit(**COMPILED)
-def products(weight, i, k, x, r):
-    """Outputs i and k of `ROWS` rows of x, from row r on: eight sums, which fit into registers.
-
-    Six numbers are loaded for eight multiplications; one output of one row would take two
-    for one, and wait for loads. Arrays come whole and not as slices: of a slice that is handed
-    on, all threads would count the references in the same place.
-    """
-    w, v = weight[i], weight[k]
-    x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = float32(0)
-    for j in range(len(w)):
-        a, b = widen(w[j]), widen(v[j])
-        a0 += a * x0[j]
-        a1 += a * x1[j]
-        a2 += a * x2[j]
-        a3 += a * x3[j]
-        b0 += b * x0[j]
-        b1 += b * x1[j]
-        b2 += b * x2[j]
-        b3 += b * x3[j]
-    return (a0, a1, a2, a3), (b0, b1, b2, b3)
-
-
-@njit(**COMPILED)
-def widen_nibbles(linear, i, wide):
-    """Row i of a weight of 4 bits as (D,) float32, its scales included, into `wide`."""
-    for g in range(linear.weight.shape[1]):
-        bytes_, factor = linear.weight[i, g], linear.scale[i, g]
-        low, high = wide[g * GROUP : g * GROUP + HALF], wide[g * GROUP + HALF : (g + 1) * GROUP]
-        for j in range(HALF):
-            b = int32(bytes_[j])
-            low[j] = float32(int32((b & int32(15)) - int32(8))) * factor
-            high[j] = float32(int32((b >> int32(4)) - int32(8))) * factor
-
-
-@njit(**COMPILED)
-def to_whole_numbers(x, whole, unit, offset):
-    """(D,) float32 as int16 times a unit for each group, and 8 times the sum of each group."""
-    for g in range(whole.shape[0]):
-        largest = float32(0)
-        for j in range(GROUP):
-            largest = max(largest, abs(x[g * GROUP + j]))
-        unit[g] = largest / float32(32767)
-        factor = float32(32767) / largest if largest > 0 else float32(0)
-        total = int32(0)
-        for half in range(2):
-            for j in range(HALF):
-                value = int16(np.rint(x[g * GROUP + half * HALF + j] * factor))
-                whole[g, half, j] = value
-                total += int32(value)
-        offset[g] = int32(8 * total)
+@njit(**EXACT)
+def to_whole_numbers(x, whole):
+    """Rows of float32 as int16 times a unit for each row: the units; whole is written."""
+    bits = x.view(np.int32)
+    unit = np.empty(len(x), np.float32)
+    for r in range(len(x)):
+        largest = int32(0)
+        for j in range(x.shape[1]):  # without their signs, bits are in the order of numbers
+            largest = max(largest, int32(bits[r, j] & int32(0x7FFFFFFF)))
+        most = np.int32(largest).view(np.float32)
+        factor = float32(32767) / most if most > 0 else float32(0)
+        for j in range(x.shape[1]):
+            whole[r, j] = int16(np.rint(x[r, j] * factor))
+        unit[r] = most / float32(32767)
+    return unit

@@ -158,7 +158,8 @@ class PackedLinear(Packed):
         scales = [None] * -(-len(self.packed) // rows)
         scales = scales if self.scale is None else self.scale.split(rows)
         pieces = zip(self.packed.split(rows), scales, strict=True)
-        out = torch.cat([F.linear(given, unpack(*piece, dtype)) for piece in pieces], dim=-1)
+        outs = [F.linear(given, unpack(*piece, dtype)) for piece in pieces]
+        out = torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 

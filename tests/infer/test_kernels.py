@@ -1,3 +1,5 @@
+from itertools import product
+
 import numba
 import numpy as np
 import pytest
@@ -13,31 +15,59 @@ def multiplied(linear, x):
     return kernels.product(linear, x)
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def layer_of(weight, bits, bias=None):
+    if bits == 32:
+        layer = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        layer.weight.data, layer.bias = weight, bias
+        return layer
+    return PackedLinear(*pack(weight, bits), bias)
+
+
+@pytest.mark.parametrize(("bits", "inputs"), [(4, 128), *product([32, 16, 8], [1, 31, 128, 163])])
 @pytest.mark.parametrize("outputs", [1, 7, 66])
 @pytest.mark.parametrize("biased", [True, False])
-def test_products_of_any_number_of_rows_are_those_of_numpy(bits, outputs, biased):
+def test_products_of_any_number_of_rows_are_those_of_numpy(bits, outputs, inputs, biased):
     generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(outputs, 128, generator=generator)
-    layer = torch.nn.Linear(128, outputs, bias=biased)
-    layer.weight.data = weight
-    if bits != 32:
-        layer = PackedLinear(*pack(weight, bits), layer.bias)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    bias = torch.nn.Parameter(torch.randn(outputs, generator=generator)) if biased else None
+    layer = layer_of(weight, bits, bias)
     expected_weight = layer.weight.detach().double().numpy()
-    bias = layer.bias.detach().double().numpy() if biased else 0
+    added = bias.detach().double().numpy() if biased else 0
     for rows in (1, 2, 3, 4, 5, 8, 9):
-        x = torch.randn(rows, 128, generator=generator).numpy()
+        x = torch.randn(rows, inputs, generator=generator).numpy()
         found = multiplied(_linear(layer), x)
-        expected = x.astype(np.float64) @ expected_weight.T + bias
-        # 16-bit steps of the inputs where one row meets 4 bits; else float32's own.
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-3)
+        expected = x.astype(np.float64) @ expected_weight.T + added
+        steps = np.abs(x).max(1, keepdims=True) / 32767 if bits <= 8 else 0
+        half_a_step = steps / 2 * np.abs(expected_weight).sum(1)
+        assert (np.abs(found - expected) <= half_a_step + 2e-5).all()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_what_a_row_becomes_does_not_depend_on_how_many_others_there_are(bits):
-    weight = torch.randn(33, 192, generator=torch.Generator().manual_seed(3))
-    linear = _linear(PackedLinear(*pack(weight, bits), None))
-    x = np.random.default_rng(0).standard_normal((9, 192)).astype(np.float32)
+    inputs = 192 if bits == 4 else 203
+    weight = torch.randn(33, inputs, generator=torch.Generator().manual_seed(3))
+    linear = _linear(layer_of(weight, bits))
+    x = np.random.default_rng(0).standard_normal((9, inputs)).astype(np.float32)
     whole = multiplied(linear, x)
-    for rows in (2, 3, 4, 7, 8):
+    for rows in range(1, 9):
         np.testing.assert_array_equal(multiplied(linear, x[:rows]), whole[:rows])
+        np.testing.assert_array_equal(multiplied(linear, x[9 - rows :]), whole[9 - rows :])
+
+
+def test_no_sum_of_whole_numbers_runs_over():
+    weight = torch.ones(5, 9000)  # each becomes 127, each input 32,767
+    weight[1] = -1
+    x = np.full((5, 9000), 3, np.float32)
+    found = multiplied(_linear(layer_of(weight, 8)), x)
+    np.testing.assert_allclose(found, x @ weight.numpy().T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_and_in_its_row(bits, value):
+    weight = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
+    x = np.ones((4, 128), np.float32)
+    x[2, 70] = value
+    found = multiplied(_linear(layer_of(weight, bits)), x)
+    assert not np.isfinite(found[2]).any()
+    assert np.isfinite(found[[0, 1, 3]]).all()
