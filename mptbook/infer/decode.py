@@ -24,7 +24,7 @@ from numba import float32, int8, njit, prange, types, uint16, uint32
 from numba.extending import overload
 from torch import Tensor, nn
 
-from mptbook.infer.elementwise import Norm, clip, gelu, normalise
+from mptbook.infer.elementwise import Norm, clip, exponentials, gelu, normalise
 from mptbook.infer.kernels import (
     COMPILED,
     PARALLEL,
@@ -276,12 +276,10 @@ def attend(qkv, cache, layer, slots, lengths, slopes, windows, shape, out):
                 score *= cache.key_scale[layer, slot, shared, start + j]
             distance = float32(end - 1 - start - j)
             weight[j] = score * float32(shape.scale) - slopes[head] * distance
-        largest = weight.max()
-        total = float32(0)
+        total = exponentials(weight, weight.max())
         mixed = np.zeros(width, np.float32)
         for j in range(end - start):
-            share = math.exp(weight[j] - largest)
-            total += share
+            share = weight[j]
             if cache.value_scale.size:
                 share *= cache.value_scale[layer, slot, shared, start + j]
             value = values[start + j]

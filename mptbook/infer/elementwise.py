@@ -1,4 +1,4 @@
-"""What a step does to vectors between its products: norms and GELU, compiled.
+"""What a step does to vectors between its products: norms, GELU and exponentials, compiled.
 
 Dimensions in this file
     R   rows: sequences that a token is written for
@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import float32, njit
+from numba import float32, int32, njit
 
 from mptbook.infer.kernels import COMPILED
 
@@ -79,3 +79,27 @@ def erf(x):
     below = s * below + float32(-7.37332916720468e-03)
     below = s * below + float32(-1.42647390514189e-02)
     return x * above / below
+
+
+@njit(**COMPILED)
+def exponentials(x, most):
+    """exp(x - most) of each element, in place, to 2 ** -22; their sum is returned.
+
+    Args:
+        x: (T,) float32.
+        most: float32, no less than any of them.
+    """
+    total = float32(0)
+    for i in range(len(x)):
+        power = max((x[i] - most) * float32(1.44269504), float32(-126))  # of two
+        whole = np.rint(power)
+        y = (power - whole) * float32(0.69314718)  # at most 0.35: six terms of the series
+        series = y * float32(1 / 720) + float32(1 / 120)
+        series = y * series + float32(1 / 24)
+        series = y * series + float32(1 / 6)
+        series = y * series + float32(0.5)
+        series = y * (y * series + float32(1)) + float32(1)
+        exponent = np.int32(int32(whole) + int32(127)) << np.int32(23)
+        x[i] = series * np.int32(exponent).view(np.float32)
+        total += x[i]
+    return total

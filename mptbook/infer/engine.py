@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
 from mptbook.infer.running import Running, longest, place, read_together
-from mptbook.infer.sampling import sample
+from mptbook.infer.sampling import likeliest, sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -241,8 +241,8 @@ class Engine:
         """Choose a token for each of (R, V) logits, say it, and end those whose last it was."""
         logits = logits[:, : self._n_ids].float()
         # For all at once: each call lets other threads have the interpreter, and waits for it.
-        finite, likeliest = logits.isfinite().all(1).tolist(), logits.argmax(1).tolist()
-        for one, row, good, best in zip(rows, logits, finite, likeliest, strict=True):
+        finite = logits.sum(1).isfinite().tolist()  # no sum with infinities or NaN is
+        for one, row, good, best in zip(rows, logits, finite, likeliest(logits), strict=True):
             try:
                 if not good:
                     raise Unanswered("the model gave logits that are not finite")

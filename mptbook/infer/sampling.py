@@ -46,7 +46,7 @@ def sample(
     probabilities = (below / max(temperature, LEAST)).softmax(dim=1)
     if top_k is None and top_p is None:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    ordered, tokens = _likeliest(probabilities, top_k, top_p)
+    ordered, tokens = _largest(probabilities, top_k, top_p)
     if top_p is not None:
         reached = ordered.cumsum(dim=1)[:, :-1]  # before each but the first, which always stays
         ordered[:, 1:][reached >= top_p] = 0
@@ -54,7 +54,14 @@ def sample(
     return tokens.gather(1, choice)[:, 0]
 
 
-def _likeliest(
+def likeliest(logits: Tensor) -> list[int]:
+    """The most likely token of each row of (B, V) logits, the first of equals."""
+    if logits.device.type == "cpu":  # NumPy takes a tenth of the time that PyTorch does
+        return logits.numpy().argmax(1).tolist()
+    return logits.argmax(1).tolist()
+
+
+def _largest(
     probabilities: Tensor, top_k: int | None, top_p: float | None
 ) -> tuple[Tensor, Tensor]:
     """The likeliest tokens of each row, falling: k of them, or as many as reach p, and more."""

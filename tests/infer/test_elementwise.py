@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mptbook.infer.elementwise import Norm, gelu, normalise
+from mptbook.infer.elementwise import Norm, exponentials, gelu, normalise
 
 EPS = np.finfo(np.float32).eps
 
@@ -43,3 +43,22 @@ def test_norms_are_pytorchs(rms, biased):
     theirs = F.rms_norm if rms else F.layer_norm
     expected = theirs(torch.from_numpy(x), (17,), torch.from_numpy(gain), eps=1e-5).numpy()
     np.testing.assert_allclose(found, expected + bias * biased, atol=2e-6)
+
+
+def test_exponentials_are_exact_to_float32_and_come_with_their_sum():
+    generator = np.random.default_rng(0)
+    for size in (1, 7, 1000):
+        x = (-90 * generator.random(size)).astype(np.float32) + np.float32(50)
+        exact = np.exp(x.astype(np.float64) - 50)
+        total = exponentials(x, np.float32(50))
+        np.testing.assert_allclose(x, exact, atol=2**-22, rtol=0)
+        np.testing.assert_allclose(x[exact > 1e-30], exact[exact > 1e-30], rtol=1e-5)
+        np.testing.assert_allclose(total, exact.sum(), rtol=1e-6)
+
+
+def test_the_exponential_of_what_is_no_number_is_none_and_of_far_below_is_nothing():
+    x = np.array([0, -1e30, float("-inf"), float("nan")], np.float32)
+    exponentials(x, np.float32(0))
+    assert x[0] == 1
+    assert (x[1:3] < 1e-37).all()
+    assert np.isnan(x[3])
