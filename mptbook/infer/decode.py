@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import float32, int8, njit, prange, types, uint16, uint32
+from numba import float32, int8, njit, prange, types
 from numba.extending import overload
 from torch import Tensor, nn
 
@@ -28,12 +28,13 @@ from mptbook.infer.elementwise import Norm, clip, exponentials, gelu, normalise
 from mptbook.infer.kernels import (
     COMPILED,
     PARALLEL,
-    Linear,
     multiply,
+    narrow,
     product,
     pytorchs_threads,
     widen,
 )
+from mptbook.infer.linear import Linear, floats, linear_of
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
 from mptbook.model.mpt import MPT
 from mptbook.model.norms import Norm as NormModule
@@ -97,7 +98,9 @@ class Decoder:
         self.shape = Shape(
             attn.n_heads, attn.kv_heads, attn.width, norm.eps, norm.rms, clip, float(attn.scale)
         )
-        self.head = _linear(model.transformer.wte if config.tie_word_embeddings else model.lm_head)
+        self.head = linear_of(
+            model.transformer.wte if config.tie_word_embeddings else model.lm_head
+        )
         self.weights = layers, _norm(model.transformer.norm_f), self.head
         self.slopes = model.slopes.numpy()
         self.model = model
@@ -138,41 +141,21 @@ def _layer(block: nn.Module, windows: Sequence[int]) -> Layer:
     attn, ffn = block.attn, block.ffn
     return Layer(
         _norm(block.norm_1),
-        _linear(attn.Wqkv),
+        linear_of(attn.Wqkv),
         _norm(attn.q_ln),
         _norm(attn.k_ln),
-        _linear(attn.out_proj),
+        linear_of(attn.out_proj),
         _norm(block.norm_2),
-        _linear(ffn.up_proj),
-        _linear(ffn.down_proj),
+        linear_of(ffn.up_proj),
+        linear_of(ffn.down_proj),
         np.array(windows, np.int64),
     )
 
 
 def _norm(norm: NormModule | None) -> Norm:
     if norm is None:
-        return Norm(_floats(None), _floats(None))
-    return Norm(_floats(norm.weight), _floats(norm.bias))
-
-
-def _linear(layer: nn.Module) -> Linear:
-    """Of an `nn.Linear` or `nn.Embedding`, or of what `mptbook.infer.quantize` makes of them."""
-    bias = _floats(getattr(layer, "bias", None))
-    weight = layer.packed if hasattr(layer, "packed") else layer.weight.detach()
-    scale = getattr(layer, "scale", None)
-    scale = np.empty((0, 0), np.float32) if scale is None else scale.view(len(weight), -1).numpy()
-    return Linear(_bits(weight), scale, bias)
-
-
-def _bits(weight: Tensor) -> np.ndarray:
-    """NumPy's view of a weight; of bfloat16, which it does not know, the bits."""
-    if weight.dtype == torch.bfloat16:
-        return weight.view(torch.uint16).numpy()
-    return weight.numpy() if weight.dtype != torch.half else weight.float().numpy()
-
-
-def _floats(values: Tensor | None) -> np.ndarray:
-    return np.empty(0, np.float32) if values is None else values.detach().float().numpy()
+        return Norm(floats(None), floats(None))
+    return Norm(floats(norm.weight), floats(norm.bias))
 
 
 @njit(**COMPILED)
@@ -229,20 +212,12 @@ def store(numbers, kept, scales, at):
 
 @overload(store, jit_options=COMPILED)
 def _store(numbers, kept, scales, at):
-    if kept.dtype == types.uint16:
-        return store_bfloat16
-    return store_int8 if kept.dtype == types.int8 else store_float32
+    return store_int8 if kept.dtype == types.int8 else store_floats
 
 
-def store_float32(numbers, kept, scales, at):
-    kept[:] = numbers
-
-
-def store_bfloat16(numbers, kept, scales, at):
+def store_floats(numbers, kept, scales, at):
     for d in range(len(numbers)):
-        bits = np.float32(numbers[d]).view(np.uint32)
-        odd = uint32((bits >> uint32(16)) & uint32(1))  # to the nearest, halves to the even
-        kept[d] = uint16(uint32(bits + uint32(0x7FFF) + odd) >> uint32(16))
+        kept[d] = narrow(numbers[d], kept)
 
 
 def store_int8(numbers, kept, scales, at):

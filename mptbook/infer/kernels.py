@@ -18,12 +18,11 @@ Dimensions in this file
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
-from numba import float32, int16, int32, int64, njit, prange, types
+from numba import float32, int16, int32, int64, njit, prange, types, uint16, uint32
 from numba.extending import overload
 
 from mptbook.infer.vectors import (
@@ -64,22 +63,6 @@ def pytorchs_threads() -> Iterator[None]:
         torch.set_num_threads(n_threads)  # numba's OpenMP layer has set its own for both
 
 
-class Linear(NamedTuple):
-    """A layer as kernels read it; arrays of no elements where it has none.
-
-    Args:
-        weight: (N, D) float32, uint16 (the bits of bfloat16) or int8; or 4 bits each in
-            (N, G, GROUP / 2) uint8: input j of a group in the low half of byte j, input
-            GROUP / 2 + j in the high half, each 8 more than it is.
-        scale: (N, 1) float32 of int8, (N, G) of 4 bits.
-        bias: (N,) float32.
-    """
-
-    weight: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray
-
-
 def widen(x):
     """The float32 that a stored number stands for."""
     raise AssertionError("compiled code only")
@@ -92,11 +75,27 @@ def _widen(x):
     return lambda x: float32(x)
 
 
+def narrow(number, array):
+    """A float32 as an array of float32, or of the bits of bfloat16, keeps it."""
+    raise AssertionError("compiled code only")
+
+
+@overload(narrow, jit_options=COMPILED)
+def _narrow(number, array):
+    return bfloat16_bits if array.dtype == types.uint16 else lambda number, array: number
+
+
+def bfloat16_bits(number, array):
+    bits = np.float32(number).view(np.uint32)
+    odd = uint32((bits >> uint32(16)) & uint32(1))  # to the nearest, halves to the even
+    return uint16(uint32(bits + uint32(0x7FFF) + odd) >> uint32(16))
+
+
 def multiply(linear, x, y):
     """y = x @ weight.T + bias.
 
     Args:
-        linear: a `Linear`.
+        linear: a `mptbook.infer.linear.Linear`.
         x: (R, D) float32.
         y: (R, N) float32, written.
     """

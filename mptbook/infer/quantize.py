@@ -20,12 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptbook.infer.linear import multiplied
+from mptbook.infer.widen import widened
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import has_bf16
 
 GROUP = 64  # inputs that share a scale in 4 bits; `mptbook.infer.kernels` has the same
 PIECE = 2**22  # numbers that are packed at once, which bounds the memory that it takes
 WIDE = 2**22  # numbers that are widened at once
+FEW = 32  # rows up to which packed weights are not widened for a product
 Bits = Literal[16, 8, 4]
 PARTS = {16: ("packed",), 8: ("packed", "scale"), 4: ("packed", "scale")}
 
@@ -138,10 +141,11 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """A linear layer: widens its weights, then multiplies.
+    """A linear layer of packed weights.
 
-    Right for many rows, where products take longer than weights; `mptbook.infer.decode` reads
-    the packed weights themselves for few. In bfloat16 where the device has units for it.
+    On a CPU few rows are multiplied with the packed weights themselves, `mptbook.infer.kernels`.
+    For many rows products take longer than weights, and weights are widened first, to bfloat16
+    where the device has units for it.
     """
 
     def __init__(self, packed: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -149,16 +153,18 @@ class PackedLinear(Packed):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., N), in the dtype of x.
-
-        Some rows of the weight at a time: widened they never leave the processor's cache.
-        """
+        """(..., D) to (..., N), in the dtype of x."""
+        if x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu" and not x.requires_grad:
+            found = multiplied(self, x.reshape(-1, x.shape[-1]))
+            return found.view(*x.shape[:-1], -1).to(x.dtype)
         dtype = torch.bfloat16 if has_bf16(x.device) else torch.float32
-        given, rows = x.to(dtype), max(1, WIDE // self.packed.shape[1])
+        # Some rows of the weight at a time: widened they never leave the processor's cache.
+        rows = max(1, WIDE // self.packed.shape[1])
         scales = [None] * -(-len(self.packed) // rows)
         scales = scales if self.scale is None else self.scale.split(rows)
+        widen = widened if self.scale is not None and x.device.type == "cpu" else unpack
         pieces = zip(self.packed.split(rows), scales, strict=True)
-        outs = [F.linear(given, unpack(*piece, dtype)) for piece in pieces]
+        outs = [F.linear(x.to(dtype), widen(*piece, dtype)) for piece in pieces]
         out = torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 

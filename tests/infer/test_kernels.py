@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mptbook.infer import kernels
-from mptbook.infer.decode import _linear
+from mptbook.infer.linear import linear_of
 from mptbook.infer.quantize import PackedLinear, pack
 
 
@@ -35,7 +35,7 @@ def test_products_of_any_number_of_rows_are_those_of_numpy(bits, outputs, inputs
     added = bias.detach().double().numpy() if biased else 0
     for rows in (1, 2, 3, 4, 5, 8, 9):
         x = torch.randn(rows, inputs, generator=generator).numpy()
-        found = multiplied(_linear(layer), x)
+        found = multiplied(linear_of(layer), x)
         expected = x.astype(np.float64) @ expected_weight.T + added
         steps = np.abs(x).max(1, keepdims=True) / 32767 if bits <= 8 else 0
         half_a_step = steps / 2 * np.abs(expected_weight).sum(1)
@@ -46,7 +46,7 @@ def test_products_of_any_number_of_rows_are_those_of_numpy(bits, outputs, inputs
 def test_what_a_row_becomes_does_not_depend_on_how_many_others_there_are(bits):
     inputs = 192 if bits == 4 else 203
     weight = torch.randn(33, inputs, generator=torch.Generator().manual_seed(3))
-    linear = _linear(layer_of(weight, bits))
+    linear = linear_of(layer_of(weight, bits))
     x = np.random.default_rng(0).standard_normal((9, inputs)).astype(np.float32)
     whole = multiplied(linear, x)
     for rows in range(1, 9):
@@ -58,7 +58,7 @@ def test_no_sum_of_whole_numbers_runs_over():
     weight = torch.ones(5, 9000)  # each becomes 127, each input 32,767
     weight[1] = -1
     x = np.full((5, 9000), 3, np.float32)
-    found = multiplied(_linear(layer_of(weight, 8)), x)
+    found = multiplied(linear_of(layer_of(weight, 8)), x)
     np.testing.assert_allclose(found, x @ weight.numpy().T, rtol=1e-6)
 
 
@@ -68,6 +68,6 @@ def test_what_is_no_number_stays_none_and_in_its_row(bits, value):
     weight = torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
     x = np.ones((4, 128), np.float32)
     x[2, 70] = value
-    found = multiplied(_linear(layer_of(weight, bits)), x)
+    found = multiplied(linear_of(layer_of(weight, bits)), x)
     assert not np.isfinite(found[2]).any()
     assert np.isfinite(found[[0, 1, 3]]).all()

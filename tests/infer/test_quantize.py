@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from mptbook.infer import quantize as quantize_module
 from mptbook.infer.load import random_model, weight_bytes
-from mptbook.infer.quantize import GROUP, is_packed, pack, quantize, unpack
+from mptbook.infer.quantize import FEW, GROUP, PackedLinear, is_packed, pack, quantize, unpack
 from mptbook.infer.slots import Slots
+from mptbook.infer.widen import widened
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 
@@ -168,3 +169,33 @@ def test_what_cannot_be_packed_is_refused_by_name():
     narrow = MPT(CONFIG.replace(d_model=96))
     with pytest.raises(ValueError, match=r"96 inputs are no multiple of 64.*take 8 bits"):
         quantize(narrow, 4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_compiled_loops_widen_is_the_weight_rounded_once(bits, dtype):
+    weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(0))
+    packed = pack(weight, bits)
+    assert torch.equal(widened(*packed, dtype), unpack(*packed).to(dtype))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_packed_layer_is_the_same_function_of_few_rows_and_of_many(bits):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(70, 128, generator=generator), torch.randn(70, generator=generator)
+    layer = PackedLinear(*pack(weight, bits), bias)
+    x = torch.randn(2, FEW, 128, generator=generator)
+    exact = x.double() @ layer.weight.double().T + bias.double()
+    for given, expected in ((x[:1], exact[:1]), (x, exact), (x[0, 3], exact[0, 3])):
+        found = layer(given)
+        assert (found.shape, found.dtype) == (expected.shape, torch.float32)
+        assert (found - expected).norm() < 4e-3 * expected.norm()  # bfloat16 rounds many rows
+    assert layer(x[:1].bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_reach_what_is_before_a_packed_layer():
+    layer = PackedLinear(*pack(torch.randn(7, 128), 8), None)
+    x = torch.randn(3, 128, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.weight.sum(0).expand_as(x)
+    assert (x.grad - expected).norm() < 4e-3 * expected.norm()

@@ -1,0 +1,61 @@
+"""Layers as compiled loops read them, and products with them.
+
+Dimensions in this file
+    R   rows: sequences that a token is written for
+    N   outputs of a layer
+    D   its inputs
+    G   groups of inputs with a scale of their own, D / GROUP
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mptbook.infer.kernels import product, pytorchs_threads
+
+
+class Linear(NamedTuple):
+    """A layer as kernels read it; arrays of no elements where it has none.
+
+    Args:
+        weight: (N, D) float32, uint16 (the bits of bfloat16) or int8; or 4 bits each in
+            (N, G, GROUP / 2) uint8: input j of a group in the low half of byte j, input
+            GROUP / 2 + j in the high half, each 8 more than it is.
+        scale: (N, 1) float32 of int8, (N, G) of 4 bits.
+        bias: (N,) float32.
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+
+
+def linear_of(layer: nn.Module) -> Linear:
+    """Of an `nn.Linear` or `nn.Embedding`, or of what `mptbook.infer.quantize` makes of them."""
+    bias = floats(getattr(layer, "bias", None))
+    weight = layer.packed if hasattr(layer, "packed") else layer.weight.detach()
+    scale = getattr(layer, "scale", None)
+    scale = np.empty((0, 0), np.float32) if scale is None else scale.view(len(weight), -1).numpy()
+    return Linear(_bits(weight), scale, bias)
+
+
+def _bits(weight: Tensor) -> np.ndarray:
+    """NumPy's view of a weight; of bfloat16, which it does not know, the bits."""
+    if weight.dtype == torch.bfloat16:
+        return weight.view(torch.uint16).numpy()
+    return weight.numpy() if weight.dtype != torch.half else weight.float().numpy()
+
+
+def floats(values: Tensor | None) -> np.ndarray:
+    return np.empty(0, np.float32) if values is None else values.detach().float().numpy()
+
+
+def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
+    """(R, N) float32 products of a layer, on a CPU, with the (R, D) rows of x.
+
+    Right for few rows: the packed weights themselves are read, and read once.
+    """
+    with pytorchs_threads():
+        return torch.from_numpy(product(linear_of(layer), x.float().contiguous().numpy()))
