@@ -159,7 +159,7 @@ class PackedLinear(Packed):
             return found.view(*x.shape[:-1], -1).to(x.dtype)
         dtype = torch.bfloat16 if has_bf16(x.device) else torch.float32
         # Some rows of the weight at a time: widened they never leave the processor's cache.
-        rows = max(1, WIDE // self.packed.shape[1])
+        rows = max(1, WIDE // x.shape[-1])
         scales = [None] * -(-len(self.packed) // rows)
         scales = scales if self.scale is None else self.scale.split(rows)
         widen = widened if self.scale is not None and x.device.type == "cpu" else unpack

@@ -186,8 +186,8 @@ def test_a_packed_layer_is_the_same_function_of_few_rows_and_of_many(bits):
     layer = PackedLinear(*pack(weight, bits), bias)
     x = torch.randn(2, FEW, 128, generator=generator)
     exact = x.double() @ layer.weight.double().T + bias.double()
-    for given, expected in ((x[:1], exact[:1]), (x, exact), (x[0, 3], exact[0, 3])):
-        found = layer(given)
+    for rows, expected in ((x[:1], exact[:1]), (x, exact), (x[0, 3], exact[0, 3])):
+        found = layer(rows)
         assert (found.shape, found.dtype) == (expected.shape, torch.float32)
         assert (found - expected).norm() < 4e-3 * expected.norm()  # bfloat16 rounds many rows
     assert layer(x[:1].bfloat16()).dtype == torch.bfloat16
@@ -199,3 +199,15 @@ def test_gradients_reach_what_is_before_a_packed_layer():
     layer(x).sum().backward()
     expected = layer.weight.sum(0).expand_as(x)
     assert (x.grad - expected).norm() < 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_no_more_of_a_layer_is_widened_at_once_than_is_said(bits, monkeypatch):
+    monkeypatch.setattr(quantize_module, "WIDE", 10 * 128)
+    sizes = []
+    multiply = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w: sizes.append(w.numel()) or multiply(x, w)
+    )
+    PackedLinear(*pack(torch.randn(35, 128), bits), None)(torch.randn(FEW + 1, 128))
+    assert sizes == [1280, 1280, 1280, 640]
