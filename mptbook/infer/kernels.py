@@ -111,7 +111,7 @@ def _multiply(linear, x, y):
 
     def multiply(linear, x, y):
         many(linear, x, y)
-        add_rest(linear, x, y, len(x[0]) // n * n)
+        add_rest(linear, x, y, x.shape[1] // n * n)
 
     return multiply
 
@@ -144,9 +144,8 @@ def float_products(linear, i, x, r, y, sums):
     """Output i of each fourth of all, for rows of x from r on.
 
     Args:
-        sums: `zeros` of as many rows. For four rows all sixteen sums stay in registers, and eight
-            vectors are loaded for sixteen multiplications; one output of one row would take two
-            for one.
+        sums: `zeros` of as many rows. They stay in registers, and for four rows eight vectors are
+            loaded for sixteen multiplications; one output of one row would take two for one.
     """
     weight = linear.weight
     outputs = i0, i1, i2, i3 = four_outputs(weight, i)
