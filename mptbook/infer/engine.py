@@ -22,7 +22,6 @@ from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream
 from mptbook.infer.running import Running, longest, place, read_together
 from mptbook.infer.sampling import likeliest, sample
 from mptbook.infer.slots import Slots
-from mptbook.infer.text import TextStream
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -147,24 +146,27 @@ class Engine:
                 if not self.waiting:
                     return
                 stream, born = self.waiting.popleft()
-            slot, read = self._place(stream.request, free)
-            free.remove(slot)
-            self.counts.prompt_tokens += len(stream.request.prompt)
-            self.counts.reused_tokens += read
-            stream.prompt_tokens_reused = read
-            generator, seed = torch.Generator(), stream.request.seed
-            generator.manual_seed(generator.seed() if seed is None else seed)
-            text = TextStream(self.tokenizer, stream.request.stop)
-            self.reading.append(Running(stream, slot, read, text, generator, born))
+            try:
+                one = self._begin(stream, born, free)
+            except Exception as error:  # ends this request, and not the engine
+                self._give_up(stream, error)
+            else:
+                free.remove(one.slot)
+                self.reading.append(one)
 
-    def _place(self, request: Request, free: Sequence[int]) -> tuple[int, int]:
-        """A free slot, and how many tokens of the prompt it holds."""
+    def _begin(self, stream: Stream, born: float, free: Sequence[int]) -> Running:
+        """A request in a free slot, which may hold the beginning of its prompt."""
+        request = stream.request
         slot, source, read = place(request, free, self.kept, self._used)
+        self.kept[slot] = []  # should what follows fail
         if source != slot:
             self.slots.copy(source, slot, read)
         self.slots.crop(slot, read)
         self.kept[slot] = list(request.prompt[:read])
-        return slot, read
+        self.counts.prompt_tokens += len(request.prompt)
+        self.counts.reused_tokens += read
+        stream.prompt_tokens_reused = read
+        return Running.begin(stream, slot, read, born, self.tokenizer)
 
     def _read_chunk(self) -> None:
         self._take_over(self.reading[0])
@@ -173,10 +175,7 @@ class Engine:
         try:
             logits = self._read_whole(rows) if len(rows) > 1 else self._read_part(one)
         except Exception as error:
-            if len(rows) == 1:
-                self._fail(rows, error)
-            else:
-                self._part(rows, error)
+            (self._fail if len(rows) == 1 else self._part)(rows, error)
             return
         if one.read < len(one.prompt):
             self.reading.append(one)  # behind the others: they take turns
@@ -288,11 +287,14 @@ class Engine:
 
     def _fail(self, rows: Sequence[Running], error: Exception) -> None:
         """End requests with an error; what their slots hold is not to be trusted."""
-        log.error("%d requests failed", len(rows), exc_info=error)
         for one in rows:
             if one in self.writing:
                 self.writing.remove(one)
             self.slots.crop(one.slot, 0)
             self.kept[one.slot] = []
-            self.counts.end("error")
-            one.stream.put(Unanswered(str(error) or type(error).__name__))
+            self._give_up(one.stream, error)
+
+    def _give_up(self, stream: Stream, error: Exception) -> None:
+        log.error("a request failed", exc_info=error)
+        self.counts.end("error")
+        stream.put(Unanswered(str(error) or type(error).__name__))

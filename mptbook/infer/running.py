@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mptbook.infer.request import Piece, Request, Stream, Token
 from mptbook.infer.text import TextStream
+from mptbook.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(eq=False)
@@ -27,6 +28,16 @@ class Running:
     predicted: Tensor | None = None  # with echo: logits after the tokens read so far
     spoken: float = 0.0  # when
     alone: bool = False  # reading it together with others has failed
+
+    @classmethod
+    def begin(
+        cls, stream: Stream, slot: int, read: int, born: float, tokenizer: Tokenizer
+    ) -> "Running":
+        """A request whose slot holds the first tokens of its prompt, `read` of them."""
+        generator, seed = torch.Generator(), stream.request.seed
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        text = TextStream(tokenizer, stream.request.stop)
+        return cls(stream, slot, read, text, generator, born)
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -336,6 +336,32 @@ def test_a_fault_ends_the_requests_it_hit_and_no_others(monkeypatch):
     assert ours.counts.finished == {"length": 2, "error": 1}
 
 
+def test_a_fault_while_a_request_is_given_a_slot_ends_it_alone_and_nothing_of_it_is_reused(
+    monkeypatch,
+):
+    ours, copy = engine(3), Slots.copy
+    beginning = tuple(range(4, 12))
+    first = ours.submit(Request(beginning, 9))
+    ours.step()
+
+    def half_a_copy(slots, source, target, length):
+        copy(slots, source, target, length)
+        slots.keys[:, target] = 7  # half done
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "copy", half_a_copy)
+        bad = ours.submit(Request((*beginning, 13), 5))
+        ours.step()
+    with pytest.raises(Unanswered, match="no memory"):
+        list(bad)
+    again = ours.submit(Request((*beginning, 13), 5))
+    run(ours)
+    assert finished(first)[1] == alone(beginning, 9)
+    assert finished(again)[1] == alone((*beginning, 13), 5)
+    assert ours.counts.finished == {"length": 2, "error": 1}
+
+
 def test_a_fault_while_writing_ends_all_that_were_written_and_the_engine_goes_on(monkeypatch):
     ours = engine(3)
     streams = [ours.submit(Request((n,), 5)) for n in (4, 5)]
