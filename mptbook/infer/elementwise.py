@@ -3,6 +3,7 @@
 Dimensions in this file
     R   rows: sequences that a token is written for
     D   width of a row
+    T   tokens that a sequence looks back on
 """
 
 import math

@@ -105,13 +105,19 @@ def multiply(linear, x, y):
 @overload(multiply, jit_options=COMPILED)
 def _multiply(linear, x, y):
     stored = linear.types[0].dtype
-    if stored == types.uint8:
-        return lambda linear, x, y: multiply_nibbles(linear, x, y)
-    many, n = (multiply_bytes, PAIRS) if stored == types.int8 else (multiply_floats, LANES)
+    if stored == types.uint8:  # groups of inputs fill vectors
+        return lambda linear, x, y: multiply_inputs(linear, whole_groups(x), y)
+    if stored == types.int8:
 
-    def multiply(linear, x, y):
-        many(linear, x, y)
-        add_rest(linear, x, y, x.shape[1] // n * n)
+        def multiply(linear, x, y):
+            multiply_inputs(linear, whole_rows(x), y)
+            add_rest(linear, x, y, x.shape[1] // PAIRS * PAIRS)
+
+    else:
+
+        def multiply(linear, x, y):
+            multiply_inputs(linear, x, y)
+            add_rest(linear, x, y, x.shape[1] // LANES * LANES)
 
     return multiply
 
@@ -125,64 +131,56 @@ def product(linear, x):
 
 
 @njit(**EXACT_PARALLEL)
-def multiply_floats(linear, x, y):
-    """`multiply` for weights of 16 or 32 bits, but for inputs at the end that fill no vector.
+def multiply_inputs(linear, inputs, y):
+    """`multiply`, but for inputs at the end that fill no vector.
 
     Each thread reads four places of the matrix at a time: memory serves several streams faster
     than one.
+
+    Args:
+        inputs: x, or what `whole_rows` or `whole_groups` make of it.
     """
-    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
+    n_rows, quarter = len(y), (len(linear.weight) + 3) // 4
     for i in prange(quarter):
         for r in range(0, n_rows - ROWS + 1, ROWS):
-            float_products(linear, i, x, r, y, zeros(ROWS))
+            products(linear, i, inputs, r, y, zeros(ROWS))
         for r in range(n_rows - n_rows % ROWS, n_rows):
-            float_products(linear, i, x, r, y, zeros(1))
+            products(linear, i, inputs, r, y, zeros(1))
 
 
-@njit(**EXACT)
-def float_products(linear, i, x, r, y, sums):
-    """Output i of each fourth of all, for rows of x from r on.
+def products(linear, i, inputs, r, y, sums):
+    """Output i of each fourth of all, for rows from r on, into y.
 
     Args:
         sums: `zeros` of as many rows. They stay in registers, and for four rows eight vectors are
             loaded for sixteen multiplications; one output of one row would take two for one.
     """
+    raise AssertionError("compiled code only")
+
+
+@overload(products, jit_options=EXACT)
+def _products(linear, i, inputs, r, y, sums):
+    chosen = {types.uint8: nibble_products, types.int8: byte_products}
+    return chosen.get(linear.types[0].dtype, float_products)
+
+
+def float_products(linear, i, inputs, r, y, sums):
     weight = linear.weight
     outputs = i0, i1, i2, i3 = four_outputs(weight, i)
     a = b = c = d = sums
     for j in range(0, weight.shape[1] - LANES + 1, LANES):
-        a = add_products(a, load(weight, (i0, j)), x, r, j)
-        b = add_products(b, load(weight, (i1, j)), x, r, j)
-        c = add_products(c, load(weight, (i2, j)), x, r, j)
-        d = add_products(d, load(weight, (i3, j)), x, r, j)
+        a = add_products(a, load(weight, (i0, j)), inputs, r, j)
+        b = add_products(b, load(weight, (i1, j)), inputs, r, j)
+        c = add_products(c, load(weight, (i2, j)), inputs, r, j)
+        d = add_products(d, load(weight, (i3, j)), inputs, r, j)
         for output in outputs:
             ask_ahead(weight, (output, j))
     write(add_up(a, b, c, d), linear.bias, outputs, r, y)
 
 
-@njit(**EXACT_PARALLEL)
-def multiply_bytes(linear, x, y):
-    """`multiply` for weights of 8 bits, but for inputs at the end that fill no vector.
-
-    Products of 16-bit whole numbers are added in 32 bits, two to an instruction: twice as many at
-    a time as of float32. So inputs are written as whole numbers up to 32,767 times a unit, which
-    changes them by 2 ** -16 of the largest: less than bfloat16, which changes the largest itself
-    by 2 ** -9, and far less than 8 bits do to the weights.
-    """
-    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
-    whole = np.empty(x.shape, np.int16)
-    unit = to_whole_numbers(x, whole).reshape(-1, 1)
-    for i in prange(quarter):
-        for r in range(0, n_rows - ROWS + 1, ROWS):
-            byte_products(linear, i, whole, unit, r, y, zeros(ROWS))
-        for r in range(n_rows - n_rows % ROWS, n_rows):
-            byte_products(linear, i, whole, unit, r, y, zeros(1))
-
-
-@njit(**EXACT)
-def byte_products(linear, i, x, unit, r, y, sums):
-    """`float_products` of whole numbers and weights of 8 bits."""
+def byte_products(linear, i, inputs, r, y, sums):
     weight, scale, bias = linear
+    x, unit = inputs
     outputs = i0, i1, i2, i3 = four_outputs(weight, i)
     a = b = c = d = sums
     for start in range(0, x.shape[1], MOST):
@@ -201,24 +199,9 @@ def byte_products(linear, i, x, unit, r, y, sums):
     write(add_up(a, b, c, d), bias, outputs, r, y)
 
 
-@njit(**EXACT_PARALLEL)
-def multiply_nibbles(linear, x, y):
-    """`multiply` for weights of 4 bits: as with 8, and a unit for each group of inputs."""
-    n_rows, quarter = len(x), (len(linear.weight) + 3) // 4
-    whole = np.empty(x.shape, np.int16)
-    groups = to_whole_numbers(x.reshape(-1, GROUP), whole.reshape(-1, GROUP))
-    unit = groups.reshape(n_rows, -1)
-    for i in prange(quarter):
-        for r in range(0, n_rows - ROWS + 1, ROWS):
-            nibble_products(linear, i, whole, unit, r, y, zeros(ROWS))
-        for r in range(n_rows - n_rows % ROWS, n_rows):
-            nibble_products(linear, i, whole, unit, r, y, zeros(1))
-
-
-@njit(**EXACT)
-def nibble_products(linear, i, x, unit, r, y, sums):
-    """`float_products` of whole numbers and weights of 4 bits."""
+def nibble_products(linear, i, inputs, r, y, sums):
     weight, scale, bias = linear
+    x, unit = inputs
     outputs = i0, i1, i2, i3 = four_outputs(weight, i)
     a = b = c = d = sums
     for g in range(unit.shape[1]):
@@ -266,6 +249,27 @@ def add_rest(linear, x, y, start):
         for r in range(len(x)):
             for j in range(start, weight.shape[1]):
                 y[r, i] += widen(weight[i, j]) * x[r, j] * factor
+
+
+@njit(**EXACT)
+def whole_rows(x):
+    """(R, D) float32 as int16, and the unit of each row, (R, 1), for weights of 8 bits.
+
+    Products of 16-bit whole numbers are added in 32 bits, two to an instruction: twice as many at
+    a time as of float32. So inputs are written as whole numbers up to 32,767 times a unit, which
+    changes them by 2 ** -16 of the largest: less than bfloat16, which changes the largest itself
+    by 2 ** -9, and far less than 8 bits do to the weights.
+    """
+    whole = np.empty(x.shape, np.int16)
+    return whole, to_whole_numbers(x, whole).reshape(-1, 1)
+
+
+@njit(**EXACT)
+def whole_groups(x):
+    """`whole_rows` with a unit for each group of inputs, (R, G), for weights of 4 bits."""
+    whole = np.empty(x.shape, np.int16)
+    unit = to_whole_numbers(x.reshape(-1, GROUP), whole.reshape(-1, GROUP))
+    return whole, unit.reshape(len(x), -1)
 
 
 @njit(**EXACT)

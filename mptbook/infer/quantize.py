@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mptbook.infer.kernels import GROUP
 from mptbook.infer.linear import multiplied
 from mptbook.infer.widen import widened
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import has_bf16
 
-GROUP = 64  # inputs that share a scale in 4 bits; `mptbook.infer.kernels` has the same
 PIECE = 2**22  # numbers that are packed at once, which bounds the memory that it takes
 WIDE = 2**22  # numbers that are widened at once
 FEW = 32  # rows up to which packed weights are not widened for a product
@@ -164,7 +164,8 @@ class PackedLinear(Packed):
         scales = scales if self.scale is None else self.scale.split(rows)
         widen = widened if self.scale is not None and x.device.type == "cpu" else unpack
         pieces = zip(self.packed.split(rows), scales, strict=True)
-        outs = [F.linear(x.to(dtype), widen(*piece, dtype)) for piece in pieces]
+        given = x.to(dtype)
+        outs = [F.linear(given, widen(*piece, dtype)) for piece in pieces]
         out = torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 

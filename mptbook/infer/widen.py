@@ -1,7 +1,7 @@
 """Packed weights for products of many rows, compiled: widened, a piece at a time.
 
 PyTorch multiplies what has 16 or 32 bits. Its own steps from 4 bits there write each weight some
-five times, which for a large model took longer than all products with a prompt (measured).
+five times, and take four times as long as these loops (measured).
 
 Dimensions in this file
     N   outputs of a layer
