@@ -116,6 +116,12 @@ def write_about(
         _write_tokenizer(tokenizer, folder, config.max_seq_len, template)
 
 
+def require_absent(path: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if there is something where a command was told to write."""
+    if Path(path).exists():
+        raise ValueError(f"{path} is there already; choose another folder, or remove it")
+
+
 @contextmanager
 def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
     """A folder to write a model directory into, which gets the place of `path` at the end.
@@ -125,8 +131,8 @@ def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Itera
             or holds other files too.
     """
     folder = Path(path).resolve()
-    if folder.exists() and not replace:
-        raise ValueError(f"{path} is there already; choose another folder, or remove it")
+    if not replace:
+        require_absent(path)
     _refuse_to_replace(folder, path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mptbook.directory import find_directory, load_model, save_model
+from mptbook.directory import find_directory, load_model, require_absent, save_model
 from mptbook.fsdp import place
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
@@ -182,6 +182,7 @@ class Merge(RunSettings):
     model: str = Field("", description="what they belong to; none: as the adapters say")
 
     def run(self) -> None:
+        require_absent(self.out)
         base = self.model or read_json(_about(self.adapter)).get("base_model_name_or_path")
         folder = find_directory(str(base))
         model = load_model(folder)

@@ -108,7 +108,7 @@ def save_packed(
         look: see `mptbook.infer.quantize.quantize`.
 
     Raises:
-        ValueError: see `pack`; also if `out` holds what is no model directory.
+        ValueError: see `pack`; also if `out` exists.
     """
     folder = find_directory(path)
     if "quantization_config" in read_json(folder / "config.json"):
@@ -118,7 +118,7 @@ def save_packed(
         model = MPT(config)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     template = ChatTemplate.load(folder) if (folder / chat.FILE).is_file() else None
-    with fresh_directory(out) as fresh:
+    with fresh_directory(out, replace=False) as fresh:
         _write_shards(_stored_tensors(read_weights(folder, model), bits, look), fresh)
         write_about(fresh, config, torch.float32, tokenizer, template)
         about = read_json(fresh / "config.json")

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mptbook import world
-from mptbook.directory import fresh_directory, read_config, write_about
+from mptbook.directory import fresh_directory, read_config, require_absent, write_about
 from mptbook.fsdp import resharded
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -190,6 +190,7 @@ class Consolidate(RunSettings):
     out: Path = Field(description="model directory to write")
 
     def run(self) -> None:
+        require_absent(self.out)
         consolidate(self.checkpoint, self.out)
         print(f"model directory: {self.out}")
 

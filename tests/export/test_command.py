@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -41,6 +42,7 @@ def test_an_exported_model_writes_what_the_model_packed_writes(folder, capsys, t
 def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
     out = folder.parent / "q"
     weights = (folder / "model.safetensors").read_bytes()
+    shutil.copytree(folder, folder.parent / "made")  # a model directory of some other time
     (folder.parent / "other").mkdir()
     (folder.parent / "other" / "thesis.txt").write_text("years of work")
     for arguments, reason in [
@@ -48,7 +50,8 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
         ([str(folder), "--to", "int8"], "out"),
         ([str(folder / "none"), "--to", "int8", "--out", str(out)], "does not exist"),
         ([str(folder), "--to", "int8", "--out", str(folder)], "is the model itself"),
-        ([str(folder), "--to", "int8", "--out", str(folder.parent / "other")], "thesis.txt"),
+        ([str(folder), "--to", "int8", "--out", str(folder.parent / "other")], "is there already"),
+        ([str(folder), "--to", "int8", "--out", str(folder.parent / "made")], "is there already"),
         ([str(folder), "--to", "gguf", "--out", str(folder.parent / "other")], "is there already"),
         (
             [str(folder), "--to", "gguf", "--out", str(out), "--dtype", "q2"],
@@ -64,6 +67,7 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
         assert len(error.strip().splitlines()) == 1
     assert not out.exists()
     assert (folder / "model.safetensors").read_bytes() == weights
+    assert (folder.parent / "made" / "model.safetensors").read_bytes() == weights
     assert (folder.parent / "other" / "thesis.txt").read_text() == "years of work"
 
 

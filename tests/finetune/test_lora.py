@@ -132,6 +132,10 @@ def test_the_command_merges_what_a_run_wrote(trained, tmp_path, capsys):
             (folder / name).read_bytes() for folder in (tmp_path / "merged", trained / "model")
         )
         assert merged == expected, name
+    kept = (trained / "model" / "model.safetensors").read_bytes()
+    assert main(["merge", str(trained / "adapter"), "--out", str(trained / "model")]) == 2
+    assert "is there already; choose another folder" in capsys.readouterr().err
+    assert (trained / "model" / "model.safetensors").read_bytes() == kept
     assert main(["merge", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
     assert "has no adapter_config.json" in capsys.readouterr().err
 

@@ -93,6 +93,8 @@ def test_a_checkpoint_of_several_processes_becomes_a_model_directory(unbroken, t
     assert (code, said.strip()) == (0, f"model directory: {tmp_path / 'model'}")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "model" / name).read_bytes() == (out / "model" / name).read_bytes()
+    code, said = run([*words, str(out / "step-000004"), "--out", str(tmp_path / "model")])
+    assert (code, "is there already" in said) == (2, True)
     with pytest.raises(FileNotFoundError, match=r"several processes; .* mptbook consolidate"):
         load_model(out / "step-000012")
     code, said = run([*words, str(out), "--out", str(tmp_path / "other")])
