@@ -237,9 +237,21 @@ def test_a_signal_saves_and_leaves_with_a_code_of_its_own(command, tmp_path, sen
 
 
 def children(process):
-    """Of a process, as Linux lists them."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in listed.read_text().split()]
+    """Training processes that a supervisor has started, as Linux lists them.
+
+    Imports start others for a moment: ctypes asks ldconfig where libraries are.
+    """
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in listed if is_training(Path("/proc", pid, "cmdline"))]
+
+
+def is_training(cmdline):
+    try:
+        words = cmdline.read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return False
+    # Between fork and exec a child has the supervisor's own words.
+    return b"mptbook" in words and b"--supervise" not in words
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
