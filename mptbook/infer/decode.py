@@ -24,16 +24,9 @@ from numba import float32, int8, njit, prange, types
 from numba.extending import overload
 from torch import Tensor, nn
 
+from mptbook.infer.compiled import COMPILED, PARALLEL, narrow, pytorchs_threads, widen
 from mptbook.infer.elementwise import Norm, clip, exponentials, gelu, normalise
-from mptbook.infer.kernels import (
-    COMPILED,
-    PARALLEL,
-    multiply,
-    narrow,
-    product,
-    pytorchs_threads,
-    widen,
-)
+from mptbook.infer.kernels import multiply, product
 from mptbook.infer.linear import Linear, floats, linear_of
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
 from mptbook.model.mpt import MPT

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, int32, njit
 
-from mptbook.infer.kernels import COMPILED
+from mptbook.infer.compiled import COMPILED
 
 
 class Norm(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mptbook.infer.kernels import product, pytorchs_threads
+from mptbook.infer.compiled import pytorchs_threads
+from mptbook.infer.kernels import product
 
 
 class Linear(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mptbook.infer.kernels import GROUP
+from mptbook.infer.compiled import GROUP
 from mptbook.infer.linear import multiplied
 from mptbook.infer.widen import widened
 from mptbook.model.mpt import MPT

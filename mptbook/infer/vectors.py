@@ -12,23 +12,38 @@ Dimensions in this file
     R   rows of which a loop holds the sums
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
-from numba.core.errors import TypingError
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
-LANES = 16 if "+avx512bw" in _FEATURES else 8  # numbers of 32 bits in a register
-PAIRS = 2 * LANES  # numbers of 16 bits
+from mptbook.infer.emit import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    PAIRS,
+    add_floats,
+    add_neighbours,
+    add_whole,
+    address,
+    addresses,
+    constant,
+    number_at,
+    shuffle,
+    spread,
+    vector_at,
+    vector_of,
+)
+
 AHEAD = 2048  # bytes between what is multiplied and what memory is asked for
-I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 HALF = 32  # bytes of a group of 64 weights of 4 bits
+BYTES = HALF // PAIRS  # of such a group that go into a lane of 16 bits
 
 
 class Vector(types.Type):
@@ -63,12 +78,12 @@ def load(typing, array, at):
     """
 
     def emit(context, builder, signature, args):
-        place = _address(context, builder, signature, args, 0)
+        place = address(context, builder, signature, args, 0)
         if array.dtype == types.float32:
-            return _load(builder, place, F32, LANES)
+            return vector_at(builder, place, F32, LANES)
         # bfloat16 is the upper half of a float32.
-        wide = builder.zext(_load(builder, place, I16, LANES), _of(I32, LANES))
-        return builder.bitcast(builder.shl(wide, _all(I32, 16, LANES)), _of(F32, LANES))
+        wide = builder.zext(vector_at(builder, place, I16, LANES), vector_of(I32, LANES))
+        return builder.bitcast(builder.shl(wide, constant(I32, 16, LANES)), vector_of(F32, LANES))
 
     return FLOATS(array, at), emit
 
@@ -78,32 +93,34 @@ def load_bytes(typing, array, at):
     """`PAIRS` numbers of int8 from array[at] on, as int16."""
 
     def emit(context, builder, signature, args):
-        place = _address(context, builder, signature, args, 0)
-        return builder.sext(_load(builder, place, I8, PAIRS), _of(I16, PAIRS))
+        place = address(context, builder, signature, args, 0)
+        return builder.sext(vector_at(builder, place, I8, PAIRS), vector_of(I16, PAIRS))
 
     return SHORT(array, at), emit
 
 
 @intrinsic
 def load_nibbles(typing, array, at):
-    """The 64 weights of 4 bits from array[at] on, as a tuple of vectors of int16.
+    """The 64 weights of 4 bits from array[at] on, each 8 more than it is, in vectors of int16.
+
+    A lane of a loaded vector has `BYTES` bytes; the first vector found is the low halves of the
+    first byte of each lane, the second their high halves, and so on for the other byte.
 
     Args:
         array: of uint8; see `mptbook.infer.quantize.pack` for the order of weights.
     """
 
     def emit(context, builder, signature, args):
-        place = _address(context, builder, signature, args, 0)
-        low, high = [], []
-        for start in range(0, HALF, PAIRS):
-            byte = _load(builder, builder.add(place, I64(start)), I8, PAIRS)
-            wide = builder.zext(byte, _of(I16, PAIRS))
-            low.append(builder.and_(wide, _all(I16, 15, PAIRS)))
-            high.append(builder.lshr(wide, _all(I16, 4, PAIRS)))
-        found = [builder.sub(each, _all(I16, 8, PAIRS)) for each in low + high]
+        place = address(context, builder, signature, args, 0)
+        lanes = vector_at(builder, place, ir.IntType(8 * BYTES), PAIRS)
+        lanes = lanes if BYTES == 2 else builder.zext(lanes, vector_of(I16, PAIRS))
+        found = [
+            builder.and_(builder.lshr(lanes, constant(I16, shift, PAIRS)), constant(I16, 15, PAIRS))
+            for shift in range(0, 8 * BYTES, 4)
+        ]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(SHORT, 2 * HALF // PAIRS)(array, at), emit
+    return types.UniTuple(SHORT, 2 * BYTES)(array, at), emit
 
 
 @intrinsic
@@ -115,7 +132,7 @@ def ask_ahead(typing, array, at):
     """
 
     def emit(context, builder, signature, args):
-        place = builder.add(_address(context, builder, signature, args, 0), I64(AHEAD))
+        place = builder.add(address(context, builder, signature, args, 0), I64(AHEAD))
         pointer = I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -138,6 +155,21 @@ def whole_zeros(typing, sums):
     return types.UniTuple(WHOLE, sums.count)(sums), _emit_zeros
 
 
+@intrinsic
+def whole_numbers(typing, sums, array, row, column):
+    """As many vectors as `sums` has, whose lanes add up to array[row + k, column], int32."""
+
+    def emit(context, builder, signature, args):
+        empty = ir.Constant(vector_of(I32, LANES), [0] * LANES)
+        found = [
+            builder.insert_element(empty, number_at(builder, place, I32), I32(0))
+            for place in addresses(context, builder, signature, args, 1, sums.count)
+        ]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(WHOLE, sums.count)(sums, array, row, column), emit
+
+
 def _emit_zeros(context, builder, signature, args):
     return context.get_constant_null(signature.return_type)
 
@@ -153,11 +185,11 @@ def add_products(typing, sums, weights, x, row, column):
     """
 
     def emit(context, builder, signature, args):
-        add = _add_float_products if weights == FLOATS else _add_whole_products
+        add = add_floats if weights == FLOATS else add_whole
         number = F32 if weights == FLOATS else I16
-        places = _rows(context, builder, signature, args, 2, sums.count)
+        places = addresses(context, builder, signature, args, 2, sums.count)
         found = [
-            add(builder, each, args[1], _load(builder, place, number, weights.n))
+            add(builder, each, args[1], vector_at(builder, place, number, weights.n))
             for each, place in zip(cgutils.unpack_tuple(builder, args[0]), places, strict=True)
         ]
         return context.make_tuple(builder, signature.return_type, found)
@@ -166,28 +198,25 @@ def add_products(typing, sums, weights, x, row, column):
 
 
 @intrinsic
-def add_scaled(typing, sums, whole, scale, unit, row, column):
-    """sums[k] + scale * unit[row + k, column] * whole[k] for each k below R.
+def add_scaled(typing, sums, whole, scale):
+    """sums[k] + scale * whole[k] for each k below R.
 
     Args:
         sums: R vectors of float32.
         whole: R vectors of int32.
         scale: float32.
-        unit: two-dimensional, of float32.
     """
 
     def emit(context, builder, signature, args):
-        places = _rows(context, builder, signature, args, 3, sums.count)
+        factor = spread(builder, args[2])
         vectors = (cgutils.unpack_tuple(builder, each) for each in args[:2])
-        found = []
-        for total, numbers, place in zip(*vectors, places, strict=True):
-            factor = builder.load(builder.inttoptr(place, F32.as_pointer()), align=4)
-            factor = _spread(builder, builder.fmul(factor, args[2]))
-            numbers = builder.sitofp(numbers, _of(F32, LANES))
-            found.append(_add_float_products(builder, total, numbers, factor))
+        found = [
+            add_floats(builder, total, builder.sitofp(numbers, vector_of(F32, LANES)), factor)
+            for total, numbers in zip(*vectors, strict=True)
+        ]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return sums(sums, whole, scale, unit, row, column), emit
+    return sums(sums, whole, scale), emit
 
 
 @intrinsic
@@ -202,98 +231,13 @@ def add_up(typing, a, b, c, d):
         found = []
         tuples = (cgutils.unpack_tuple(builder, each) for each in args)
         for of_a, of_b, of_c, of_d in zip(*tuples, strict=True):
-            ab, cd = _add_pairs(builder, of_a, of_b, 1), _add_pairs(builder, of_c, of_d, 1)
-            total, size = _add_pairs(builder, ab, cd, 2), LANES
+            ab, cd = add_neighbours(builder, of_a, of_b, 1), add_neighbours(builder, of_c, of_d, 1)
+            total, size = add_neighbours(builder, ab, cd, 2), LANES
             while size > 4:
                 size //= 2
-                upper = _shuffle(builder, total, total, range(size, 2 * size))
-                total = builder.fadd(_shuffle(builder, total, total, range(size)), upper)
+                upper = shuffle(builder, total, total, range(size, 2 * size))
+                total = builder.fadd(shuffle(builder, total, total, range(size)), upper)
             found += [builder.extract_element(total, I32(lane)) for lane in range(4)]
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(types.float32, 4 * a.count)(a, b, c, d), emit
-
-
-def _add_float_products(builder, total, x, y):
-    """total + x * y, rounded once."""
-    kind = ir.FunctionType(total.type, [total.type] * 3)
-    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
-    return builder.call(fma, [x, y, total])
-
-
-def _add_whole_products(builder, total, x, y):
-    """Each number of `total` and the products of two neighbours of x and y.
-
-    Processors have one instruction for this, or two, and LLVM knows it in this form.
-    """
-    wide = _of(I32, PAIRS)
-    products = builder.mul(builder.sext(x, wide), builder.sext(y, wide))
-    even = _shuffle(builder, products, products, range(0, PAIRS, 2))
-    odd = _shuffle(builder, products, products, range(1, PAIRS, 2))
-    return builder.add(total, builder.add(even, odd))
-
-
-def _add_pairs(builder, x, y, size):
-    """Neighbouring runs of `size` lanes added, those of x and those of y in turn."""
-    left = []
-    for start in range(0, LANES, 2 * size):
-        left += [*range(start, start + size), *range(LANES + start, LANES + start + size)]
-    right = [lane + size for lane in left]
-    return builder.fadd(_shuffle(builder, x, y, left), _shuffle(builder, x, y, right))
-
-
-def _of(number: ir.Type, n: int) -> ir.VectorType:
-    return ir.VectorType(number, n)
-
-
-def _all(number: ir.Type, value: int, n: int) -> ir.Constant:
-    return ir.Constant(_of(number, n), [value] * n)
-
-
-def _shuffle(builder, x, y, lanes: Iterable[int]):
-    chosen = [*lanes]
-    return builder.shuffle_vector(x, y, ir.Constant(_of(I32, len(chosen)), chosen))
-
-
-def _spread(builder, number):
-    """The same number in all lanes."""
-    empty = ir.Constant(_of(number.type, LANES), ir.Undefined)
-    one = builder.insert_element(empty, number, I32(0))
-    return _shuffle(builder, one, empty, [0] * LANES)
-
-
-def _load(builder, place, number: ir.Type, n: int):
-    """n numbers from an address on, which need not be a multiple of anything."""
-    align = 4 if number is F32 else number.width // 8
-    return builder.load(builder.inttoptr(place, _of(number, n).as_pointer()), align=align)
-
-
-def _address(context, builder, signature, args, n):
-    """Of array[at], which are argument n and the one after it."""
-    at = cgutils.unpack_tuple(builder, args[n + 1])
-    whole = [
-        context.cast(builder, each, kind, types.intp)
-        for each, kind in zip(at, signature.args[n + 1], strict=True)
-    ]
-    return _place(context, builder, signature, args, n, whole)
-
-
-def _rows(context, builder, signature, args, n, n_rows):
-    """Addresses of array[row + k, column] for each k; arguments n, n + 1 and n + 2."""
-    row, column = (
-        context.cast(builder, args[i], signature.args[i], types.intp) for i in (n + 1, n + 2)
-    )
-    for k in range(n_rows):
-        at = [builder.add(row, I64(k)), column]
-        yield _place(context, builder, signature, args, n, at)
-
-
-def _place(context, builder, signature, args, n, at):
-    kind = signature.args[n]
-    if kind.layout != "C":
-        raise TypingError(f"{kind}: vectors are loaded from arrays whose numbers are neighbours")
-    array = context.make_array(kind)(context, builder, args[n])
-    place = builder.ptrtoint(array.data, I64)
-    for index, stride in zip(at, cgutils.unpack_tuple(builder, array.strides), strict=True):
-        place = builder.add(place, builder.mul(index, stride))
-    return place

@@ -13,7 +13,7 @@ import torch
 from numba import float32, int32, njit, prange
 from torch import Tensor
 
-from mptbook.infer.kernels import GROUP, PARALLEL, narrow, pytorchs_threads
+from mptbook.infer.compiled import GROUP, PARALLEL, narrow, pytorchs_threads
 
 
 def widened(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,8 +45,10 @@ def test_products_of_any_number_of_rows_are_those_of_numpy(bits, outputs, inputs
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 def test_what_a_row_becomes_does_not_depend_on_how_many_others_there_are(bits):
     inputs = 192 if bits == 4 else 203
-    weight = torch.randn(33, inputs, generator=torch.Generator().manual_seed(3))
-    linear = linear_of(layer_of(weight, bits))
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(33, inputs, generator=generator)
+    bias = torch.nn.Parameter(torch.randn(33, generator=generator))
+    linear = linear_of(layer_of(weight, bits, bias))
     x = np.random.default_rng(0).standard_normal((9, inputs)).astype(np.float32)
     whole = multiplied(linear, x)
     for rows in range(1, 9):

@@ -1,0 +1,66 @@
+"""How loops are compiled, on how many threads they run, and numbers as weights are stored.
+
+Numba compiles a loop at its first call, for the types that it is called with and the processor
+that it runs on: seconds, kept on disk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numba
+import numpy as np
+import torch
+from numba import float32, types, uint16, uint32
+from numba.extending import overload
+
+# NumPy's division: one that had to raise for a zero would keep a loop from using wide registers.
+EXACT = {"error_model": "numpy", "cache": True, "nogil": True}
+# A call within a loop over outputs hands over and counts every array that it is given: for a
+# short row of weights that takes as long as the row (measured).
+INLINE = EXACT | {"forceinline": True}
+EXACT_PARALLEL = EXACT | {"parallel": True}
+# A sum may be taken in any order, which lets the compiler use wide registers; infinities and
+# NaN keep their meaning.
+COMPILED = EXACT | {"fastmath": {"reassoc", "contract", "nsz"}}
+PARALLEL = COMPILED | {"parallel": True}
+
+GROUP = 64  # inputs that share a scale where weights have 4 bits
+
+
+@contextmanager
+def pytorchs_threads() -> Iterator[None]:
+    """Compiled loops take as many threads as PyTorch may, and PyTorch keeps its own number."""
+    n_threads = torch.get_num_threads()
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)  # numba's OpenMP layer has set its own for both
+
+
+def widen(x):
+    """The float32 that a stored number stands for."""
+    raise AssertionError("compiled code only")
+
+
+@overload(widen, jit_options=COMPILED)
+def _widen(x):
+    if x == types.uint16:  # bfloat16 is the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: float32(x)
+
+
+def narrow(number, array):
+    """A float32 as an array of float32, or of the bits of bfloat16, keeps it."""
+    raise AssertionError("compiled code only")
+
+
+@overload(narrow, jit_options=COMPILED)
+def _narrow(number, array):
+    return bfloat16_bits if array.dtype == types.uint16 else lambda number, array: number
+
+
+def bfloat16_bits(number, array):
+    bits = np.float32(number).view(np.uint32)
+    odd = uint32((bits >> uint32(16)) & uint32(1))  # to the nearest, halves to the even
+    return uint16(uint32(bits + uint32(0x7FFF) + odd) >> uint32(16))

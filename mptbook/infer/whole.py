@@ -1,0 +1,63 @@
+"""Inputs of a layer as whole numbers, for weights of 8 and of 4 bits.
+
+Dimensions in this file
+    R   rows: sequences that a token is written for
+    D   inputs of a layer
+    G   groups of inputs with a scale of their own, D / GROUP
+"""
+
+import numpy as np
+from numba import float32, int16, int32, njit
+
+from mptbook.infer.compiled import EXACT, GROUP
+from mptbook.infer.vectors import BYTES, HALF
+
+
+@njit(**EXACT)
+def whole_rows(x):
+    """(R, D) float32 as int16, and the unit of each row, (R,) float32.
+
+    Products of 16-bit whole numbers are added in 32 bits, two to an instruction: twice as many at
+    a time as of float32. So inputs are written as whole numbers up to 32,767 times a unit, which
+    changes them by 2 ** -16 of the largest: less than bfloat16, which changes the largest itself
+    by 2 ** -9, and far less than 8 bits do to the weights.
+    """
+    whole, unit = np.empty(x.shape, np.int16), np.empty(len(x), np.float32)
+    bits = x.view(np.int32)
+    for r in range(len(x)):
+        largest = int32(0)
+        for j in range(x.shape[1]):  # without their signs, bits are in the order of numbers
+            largest = max(largest, int32(bits[r, j] & int32(0x7FFFFFFF)))
+        most = np.int32(largest).view(np.float32)
+        factor = float32(32767) / most if most > 0 else float32(0)
+        for j in range(x.shape[1]):
+            whole[r, j] = int16(np.rint(x[r, j] * factor))
+        unit[r] = most / float32(32767)
+    return whole, unit
+
+
+@njit(**EXACT)
+def whole_groups(x):
+    """`whole_rows` for weights of 4 bits, which are stored 8 larger than they are.
+
+    Returns:
+        (R, D) int16 in the order of `load_nibbles`; (R, G) int32, -8 times the sum of a group,
+        which takes what is too much in its products away; and (R,), the units.
+    """
+    whole, unit = whole_rows(x)
+    ordered = np.empty_like(whole)
+    excess = np.empty((len(x), x.shape[1] // GROUP), np.int32)
+    lanes = HALF // BYTES
+    halves = whole.reshape(-1, 2, HALF)
+    target = ordered.reshape(-1, BYTES, 2, lanes)
+    sums = excess.reshape(-1)
+    for g in range(len(halves)):
+        total = int32(0)
+        for half in range(2):
+            for j in range(HALF):
+                total += int32(halves[g, half, j])
+            for byte in range(BYTES):
+                for lane in range(lanes):
+                    target[g, byte, half, lane] = halves[g, half, lane * BYTES + byte]
+        sums[g] = int32(-8) * total
+    return ordered, excess, unit
