@@ -28,6 +28,7 @@ from mptbook.infer.compiled import COMPILED, PARALLEL, narrow, pytorchs_threads,
 from mptbook.infer.elementwise import Norm, clip, exponentials, gelu, normalise
 from mptbook.infer.kernels import multiply, product
 from mptbook.infer.linear import Linear, floats, linear_of
+from mptbook.infer.places import layer_at, places_of
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
 from mptbook.model.mpt import MPT
 from mptbook.model.norms import Norm as NormModule
@@ -68,16 +69,24 @@ LAYERS = nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding, NormModule
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether a model computes what its weights say and nothing besides.
+    """Whether a model computes what its weights say and nothing besides, in layers of one shape.
 
     Adapters, shards of several processes and methods that were replaced do more than loops over
     weights would know.
     """
     if type(model) is not MPT or model.device.type != "cpu":
         return False
-    attn_and_ffn = [part for block in model.transformer.blocks for part in (block.attn, block.ffn)]
-    layers = [layer for part in attn_and_ffn for layer in part.children()]
-    return all(type(layer) in LAYERS for layer in layers)
+    blocks = model.transformer.blocks
+    layers = [
+        layer for each in blocks for part in (each.attn, each.ffn) for layer in part.children()
+    ]
+    first, *others = ([*map(_stored, each.state_dict().items())] for each in blocks)
+    return all(type(layer) in LAYERS for layer in layers) and others == [first] * len(others)
+
+
+def _stored(named: tuple[str, Tensor]) -> tuple:
+    name, weight = named
+    return name, weight.dtype, weight.shape, weight.stride()
 
 
 class Decoder:
@@ -85,7 +94,6 @@ class Decoder:
 
     def __init__(self, model: MPT, windows: Sequence[Sequence[int]]) -> None:
         config, blocks = model.config, model.transformer.blocks
-        layers = tuple(_layer(block, each) for block, each in zip(blocks, windows, strict=True))
         attn, norm = blocks[0].attn, blocks[0].norm_1
         clip = math.inf if attn.clip is None else float(attn.clip)
         self.shape = Shape(
@@ -94,9 +102,20 @@ class Decoder:
         self.head = linear_of(
             model.transformer.wte if config.tie_word_embeddings else model.lm_head
         )
-        self.weights = layers, _norm(model.transformer.norm_f), self.head
+        self.layers = [_layer(block, each) for block, each in zip(blocks, windows, strict=True)]
+        norm_f = _norm(model.transformer.norm_f)
+        self.weights = self.layers[0], places_of(self.layers), norm_f, self.head
         self.slopes = model.slopes.numpy()
         self.model = model
+        self._owners = [(m._modules, name) for m in model.modules() for name in m._modules]
+        self._parts = [owner[name] for owner, name in self._owners]
+        self._kinds = [*map(type, self._parts)]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a model still is the one that this was made of, part by part."""
+        parts = [owner.get(name) for owner, name in self._owners]
+        same = parts == self._parts and [*map(type, parts)] == self._kinds
+        return same and type(model) is MPT and model.device.type == "cpu"
 
     @torch.no_grad()
     def __call__(
@@ -154,16 +173,16 @@ def _norm(norm: NormModule | None) -> Norm:
 @njit(**COMPILED)
 def step(x, weights, cache, slots, lengths, slopes, shape):
     """(R, V) logits of (R, D) embeddings; the cache is extended."""
-    layers, norm_f, head = weights
+    first, places, norm_f, head = weights
     n_rows = len(x)
     inner = shape.n_heads * shape.width
     keys = shape.kv_heads * shape.width
     normed, added = np.empty_like(x), np.empty_like(x)
     qkv = np.empty((n_rows, inner + 2 * keys), np.float32)
     attended = np.empty((n_rows, inner), np.float32)
-    hidden = np.empty((n_rows, layers[0].up_proj.weight.shape[0]), np.float32)
-    for number in range(len(layers)):
-        layer = layers[number]
+    hidden = np.empty((n_rows, first.up_proj.weight.shape[0]), np.float32)
+    for number in range(len(places)):
+        layer = layer_at(first, places, number)
         normalise(layer.norm_1, shape.eps, shape.rms, x, normed)
         multiply(layer.Wqkv, normed, qkv)
         if shape.clip < math.inf:

@@ -63,7 +63,7 @@ def spread(builder, number):
 
 
 def number_at(builder, place, kind: ir.Type):
-    """The one of 32 bits at an address."""
+    """The one number at an address."""
     return builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
 
 

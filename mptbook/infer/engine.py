@@ -240,10 +240,9 @@ class Engine:
         """Choose a token for each of (R, V) logits, say it, and end those whose last it was."""
         logits = logits[:, : self._n_ids].float()
         # For all at once: each call lets other threads have the interpreter, and waits for it.
-        finite = logits.sum(1).isfinite().tolist()  # no sum with infinities or NaN is
-        for one, row, good, best in zip(rows, logits, finite, likeliest(logits), strict=True):
+        for one, row, best in zip(rows, logits, likeliest(logits), strict=True):
             try:
-                if not good:
+                if best is None:
                     raise Unanswered("the model gave logits that are not finite")
                 self._say(one, row, best if one.stream.request.temperature == 0 else None)
             except Exception as error:

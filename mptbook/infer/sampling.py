@@ -8,6 +8,8 @@ Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv:1
 (nucleus sampling, top-p).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,11 +56,19 @@ def sample(
     return tokens.gather(1, choice)[:, 0]
 
 
-def likeliest(logits: Tensor) -> list[int]:
-    """The most likely token of each row of (B, V) logits, the first of equals."""
+def likeliest(logits: Tensor) -> list[int | None]:
+    """The most likely token of each row of (B, V) float32 logits, the first of equals.
+
+    None for a row that is not finite.
+    """
     if logits.device.type == "cpu":  # NumPy takes a tenth of the time that PyTorch does
-        return logits.numpy().argmax(1).tolist()
-    return logits.argmax(1).tolist()
+        numbers = logits.numpy()
+        best, total = numbers.argmax(1), numbers.sum(1)
+    else:
+        best, total = logits.argmax(1), logits.sum(1)
+    # No sum with infinities or NaN is finite; all other sums of logits are.
+    rows = zip(best.tolist(), total.tolist(), strict=True)
+    return [token if math.isfinite(number) else None for token, number in rows]
 
 
 def _largest(

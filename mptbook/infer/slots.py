@@ -48,6 +48,7 @@ class Slots:
             raise ValueError(f"{n_slots} slots of {n_tokens} tokens; there must be one of each")
         self.model, self.n_slots, self.n_tokens = model.eval(), n_slots, n_tokens
         self.lengths = [0] * n_slots
+        self._last_decoder: Decoder | None = None
         attn = model.transformer.blocks[0].attn
         self._packed = hasattr(attn.Wqkv, "packed")
         if dtype is None:
@@ -84,7 +85,7 @@ class Slots:
             ValueError: if the slot has no room for them.
         """
         self._check_room(slot, len(ids))
-        if len(ids) == 1 and self._compiled:
+        if len(ids) == 1 and self._decoder is not None:
             return self.decode([slot], ids) if every else self.decode([slot], ids)[0]
         found = []
         for start in range(0, len(ids), CHUNK):
@@ -141,8 +142,8 @@ class Slots:
         for slot in slots:
             self._check_room(slot, 1)
         lengths = [self.lengths[slot] for slot in slots]
-        if self._compiled:
-            logits = self._decoder(self._cache, slots, lengths, torch.tensor(ids))
+        if decoder := self._decoder:
+            logits = decoder(self._cache, slots, lengths, torch.tensor(ids))
         else:
             logits = self._decode_padded(slots, lengths, ids)
         for slot in slots:
@@ -162,12 +163,12 @@ class Slots:
         self.lengths[target] = length
 
     @property
-    def _compiled(self) -> bool:
-        return is_plain(self.model)
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self.model, self._windows())
+    def _decoder(self) -> Decoder | None:
+        """Compiled loops of the model as it is now; None where they would not compute the same."""
+        if self._last_decoder is None or not self._last_decoder.is_of(self.model):
+            plain = is_plain(self.model)
+            self._last_decoder = Decoder(self.model, self._windows()) if plain else None
+        return self._last_decoder
 
     @cached_property
     def _cache(self) -> Cache:
@@ -186,8 +187,8 @@ class Slots:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(R, V) float32 of the (R, D) of the last norm; R is small."""
-        if self._compiled:
-            return self._decoder.logits(hidden)
+        if decoder := self._decoder:
+            return decoder.logits(hidden)
         return self.model.logits(hidden[None])[0].float()
 
     @torch.inference_mode()

@@ -1,3 +1,4 @@
+import copy
 import functools
 
 import numba
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mptbook.infer.quantize import quantize
+from mptbook.infer.quantize import PackedLinear, pack, quantize
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -49,7 +50,7 @@ def some_ids(n_rows, n_tokens, seed=0):
 def form(request, monkeypatch):
     """The two ways of writing a token; the second is that of a GPU."""
     if request.param == "padded":
-        monkeypatch.setattr(Slots, "_compiled", False)
+        monkeypatch.setattr(Slots, "_decoder", None)
     return request.param
 
 
@@ -82,12 +83,54 @@ def test_a_cache_of_fewer_bits_changes_logits_by_its_rounding(dtype, form):
     assert 1e-6 < error < COARSE[dtype]
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer):
+    other = Doubled(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+def another(layer):
+    other = copy.deepcopy(layer)
+    other.weight.data.mul_(1.5)
+    return other
+
+
+def in_8_bits(layer):
+    return PackedLinear(*pack(layer.weight.detach(), 8), None)
+
+
+def of_another_class(layer):
+    layer.__class__ = Doubled  # as FSDP does
+    return layer
+
+
+@pytest.mark.parametrize("changed", [doubled, another, in_8_bits, of_another_class])
+def test_tokens_are_those_of_the_model_as_it_is_now(changed):
+    ids, whole = some_ids(1, 9)[0].tolist(), copy.deepcopy(model())
+    slots = Slots(whole, 1, 9)
+    ffn, expected = whole.transformer.blocks[1].ffn, []
+    for change in (None, changed):
+        if change is not None:
+            ffn.up_proj = change(ffn.up_proj)
+        slots.crop(0, 0)
+        written = torch.cat([slots.decode([0], [i]) for i in ids])
+        expected.append(whole(torch.tensor([ids]))[0])
+        torch.testing.assert_close(written, expected[-1], **CLOSE)
+    assert (expected[1] - expected[0]).abs().max() > 10 * CLOSE["atol"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_both_ways_of_writing_a_token_keep_the_same_numbers(dtype, monkeypatch):
     ids = some_ids(1, 20)[0].tolist()
     kept = []
     for compiled in (True, False):
-        monkeypatch.setattr(Slots, "_compiled", compiled)
+        if not compiled:
+            monkeypatch.setattr(Slots, "_decoder", None)
         slots = Slots(model(), 1, 20, dtype)
         for i in ids:
             slots.decode([0], [i])
