@@ -35,7 +35,8 @@ def pytorchs_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads(n_threads)  # numba's OpenMP layer has set its own for both
+        if torch.get_num_threads() != n_threads:  # numba's OpenMP layer sets its own for both
+            torch.set_num_threads(n_threads)
 
 
 def widen(x):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mptbook.infer.compiled import COMPILED, PARALLEL, narrow, pytorchs_threads, widen
 from mptbook.infer.elementwise import Norm, clip, exponentials, gelu, normalise
+from mptbook.infer.embedding import add_embeddings
 from mptbook.infer.kernels import multiply, product
 from mptbook.infer.linear import Linear, floats, linear_of
 from mptbook.infer.places import layer_at, places_of
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
     scale: float
 
 
+NO_TABLE = Linear(np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), floats(None))
 LAYERS = nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding, NormModule
 
 
@@ -99,12 +101,13 @@ class Decoder:
         self.shape = Shape(
             attn.n_heads, attn.kv_heads, attn.width, norm.eps, norm.rms, clip, float(attn.scale)
         )
-        self.head = linear_of(
-            model.transformer.wte if config.tie_word_embeddings else model.lm_head
-        )
+        transformer = model.transformer
         self.layers = [_layer(block, each) for block, each in zip(blocks, windows, strict=True)]
-        norm_f = _norm(model.transformer.norm_f)
-        self.weights = self.layers[0], places_of(self.layers), norm_f, self.head
+        wte = linear_of(transformer.wte)
+        wpe = linear_of(transformer.wpe) if config.has_positions else NO_TABLE
+        self.head = wte if config.tie_word_embeddings else linear_of(model.lm_head)
+        of_layers = self.layers[0], places_of(self.layers)
+        self.weights = wte, wpe, *of_layers, _norm(transformer.norm_f), self.head
         self.slopes = model.slopes.numpy()
         self.model = model
         self._owners = [(m._modules, name) for m in model.modules() for name in m._modules]
@@ -117,9 +120,8 @@ class Decoder:
         same = parts == self._parts and [*map(type, parts)] == self._kinds
         return same and type(model) is MPT and model.device.type == "cpu"
 
-    @torch.no_grad()
     def __call__(
-        self, cache: Cache, slots: Sequence[int], lengths: list[int], ids: Tensor
+        self, cache: Cache, slots: Sequence[int], lengths: Sequence[int], ids: Sequence[int]
     ) -> Tensor:
         """(R, V) float32 logits after one more token in each of some slots.
 
@@ -127,15 +129,11 @@ class Decoder:
             cache: extended by the keys and values of the tokens.
             slots: (R,), which of them, no one twice.
             lengths: (R,) tokens that each holds before.
-            ids: (R,) int64.
+            ids: (R,).
         """
-        transformer = self.model.transformer
-        x = transformer.wte(ids).float()
-        if self.model.config.has_positions:
-            x = x + transformer.wpe(torch.tensor(lengths)).float()
-        where = np.array(slots, np.int64), np.array(lengths, np.int64)
+        rows = (np.array(each, np.int64) for each in (slots, lengths, ids))
         with pytorchs_threads():
-            found = step(x.numpy(), self.weights, cache, *where, self.slopes, self.shape)
+            found = step(*rows, self.weights, cache, self.slopes, self.shape)
         return self._scaled(found)
 
     @torch.no_grad()
@@ -171,12 +169,16 @@ def _norm(norm: NormModule | None) -> Norm:
 
 
 @njit(**COMPILED)
-def step(x, weights, cache, slots, lengths, slopes, shape):
-    """(R, V) logits of (R, D) embeddings; the cache is extended."""
-    first, places, norm_f, head = weights
-    n_rows = len(x)
+def step(slots, lengths, ids, weights, cache, slopes, shape):
+    """(R, V) logits; the cache is extended."""
+    wte, wpe, first, places, norm_f, head = weights
+    n_rows = len(ids)
     inner = shape.n_heads * shape.width
     keys = shape.kv_heads * shape.width
+    x = np.zeros((n_rows, first.norm_1.gain.size), np.float32)
+    add_embeddings(wte, ids, x)
+    if wpe.weight.size:
+        add_embeddings(wpe, lengths, x)
     normed, added = np.empty_like(x), np.empty_like(x)
     qkv = np.empty((n_rows, inner + 2 * keys), np.float32)
     attended = np.empty((n_rows, inner), np.float32)

@@ -31,7 +31,8 @@ class Slots:
 
     All room is taken at once; nothing moves or grows afterwards. On a CPU one more token for
     some of the sequences is a call of compiled loops, `mptbook.infer.decode`; everything else is
-    `MPT.forward`, also of a model that is more than its weights, as one with adapters.
+    `MPT.forward`, also of a model that is more than its weights, as one with adapters. Where a
+    text begins a changed model is seen as it is.
 
     Args:
         model: in evaluation mode afterwards.
@@ -48,21 +49,21 @@ class Slots:
             raise ValueError(f"{n_slots} slots of {n_tokens} tokens; there must be one of each")
         self.model, self.n_slots, self.n_tokens = model.eval(), n_slots, n_tokens
         self.lengths = [0] * n_slots
-        self._last_decoder: Decoder | None = None
         attn = model.transformer.blocks[0].attn
         self._packed = hasattr(attn.Wqkv, "packed")
         if dtype is None:
             gain = model.transformer.norm_f.weight
             whole = gain.dtype == torch.float32 and not self._packed
             dtype = "float32" if whole else "bfloat16"
-        layers, kind = model.config.n_layers, getattr(torch, dtype)
-        shape = layers, n_slots, attn.kv_heads, n_tokens, attn.width
+        shape = model.config.n_layers, n_slots, attn.kv_heads, n_tokens, attn.width
         # Zeros, so that the memory is taken now and not while a request waits.
-        self.keys = torch.zeros(shape, dtype=kind, device=model.device)
+        self.keys = torch.zeros(shape, dtype=getattr(torch, dtype), device=model.device)
         self.values = torch.zeros_like(self.keys)
         scales = shape[:-1] if dtype == "int8" else (0, 0, 0, 0)
         self.key_scale = torch.zeros(scales, device=model.device)
         self.value_scale = torch.zeros_like(self.key_scale)
+        self._decoder: Decoder | None = None  # where compiled loops compute what the model does
+        self._look()
 
     @property
     def bytes(self) -> int:
@@ -85,6 +86,7 @@ class Slots:
             ValueError: if the slot has no room for them.
         """
         self._check_room(slot, len(ids))
+        self._look()
         if len(ids) == 1 and self._decoder is not None:
             return self.decode([slot], ids) if every else self.decode([slot], ids)[0]
         found = []
@@ -117,6 +119,7 @@ class Slots:
             if self.lengths[slot]:
                 raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens; crop it to none")
             self._check_room(slot, len(text))
+        self._look()
         sizes = torch.tensor([len(text) for text in texts])
         ids = torch.tensor([token for text in texts for token in text], device=self.model.device)
         documents = torch.arange(len(texts)).repeat_interleave(sizes).to(ids.device)
@@ -142,8 +145,10 @@ class Slots:
         for slot in slots:
             self._check_room(slot, 1)
         lengths = [self.lengths[slot] for slot in slots]
-        if decoder := self._decoder:
-            logits = decoder(self._cache, slots, lengths, torch.tensor(ids))
+        if 0 in lengths:
+            self._look()
+        if self._decoder is not None:
+            logits = self._decoder(self._cache, slots, lengths, ids)
         else:
             logits = self._decode_padded(slots, lengths, ids)
         for slot in slots:
@@ -162,13 +167,11 @@ class Slots:
                 kept[:, target, :, :length] = kept[:, source, :, :length]
         self.lengths[target] = length
 
-    @property
-    def _decoder(self) -> Decoder | None:
-        """Compiled loops of the model as it is now; None where they would not compute the same."""
-        if self._last_decoder is None or not self._last_decoder.is_of(self.model):
+    def _look(self) -> None:
+        """Make the loops anew if the model has changed."""
+        if self._decoder is None or not self._decoder.is_of(self.model):
             plain = is_plain(self.model)
-            self._last_decoder = Decoder(self.model, self._windows()) if plain else None
-        return self._last_decoder
+            self._decoder = Decoder(self.model, self._windows()) if plain else None
 
     @cached_property
     def _cache(self) -> Cache:
@@ -187,8 +190,8 @@ class Slots:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(R, V) float32 of the (R, D) of the last norm; R is small."""
-        if decoder := self._decoder:
-            return decoder.logits(hidden)
+        if self._decoder is not None:
+            return self._decoder.logits(hidden)
         return self.model.logits(hidden[None])[0].float()
 
     @torch.inference_mode()
