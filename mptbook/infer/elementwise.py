@@ -44,10 +44,16 @@ def normalise(norm, eps, rms, x, y):
 
 @njit(**COMPILED)
 def gelu(y):
-    """GELU of each element, in place."""
+    """GELU of each element, in place.
+
+    max(x, 0) less what lies in the tail of the normal distribution, and not x times what does
+    not: that would be 1 less nearly 1 where x is far below zero.
+    """
     flat = y.reshape(-1)
     for i in range(flat.size):
-        flat[i] = float32(0.5) * flat[i] * (float32(1) + erf(flat[i] * float32(0.5**0.5)))
+        size = abs(flat[i])
+        lost = size * tail(size) if size < 14 else float32(0)
+        flat[i] = float32(0.5) * (flat[i] + size) - lost
 
 
 @njit(**COMPILED)
@@ -59,27 +65,41 @@ def clip(y, most):
 
 
 @njit(**COMPILED)
-def erf(x):
-    """The error function of a float32 number, to 2 ** -22.
+def tail(x):
+    """The share of the normal distribution that lies above x, from 0 to 14, to 2 ** -16 of it.
 
-    Multiplications and additions only, which the compiler does for many numbers at once, as it
-    cannot with calls of `math.erf`, which take ten times as long.
+    Multiplications and additions, which the compiler does for many numbers at once, as it cannot
+    with calls of `math.erfc`.
 
-    Source: the quotient of polynomials that Eigen and XLA take.
+    Source: Press et al., Numerical Recipes in C, 2nd edition, section 6.2 (`erfcc`).
     """
-    x = min(max(x, float32(-4)), float32(4))
-    s = x * x
-    above = s * float32(-2.72614225801306e-10) + float32(2.77068142495902e-08)
-    above = s * above + float32(-2.10102402082508e-06)
-    above = s * above + float32(-5.69250639462346e-05)
-    above = s * above + float32(-7.34990630326855e-04)
-    above = s * above + float32(-2.95459980854025e-03)
-    above = s * above + float32(-1.60960333262415e-02)
-    below = s * float32(-1.45660718464996e-05) + float32(-2.13374055278905e-04)
-    below = s * below + float32(-1.68282697438203e-03)
-    below = s * below + float32(-7.37332916720468e-03)
-    below = s * below + float32(-1.42647390514189e-02)
-    return x * above / below
+    z = x * float32(0.5**0.5)
+    t = float32(1) / (float32(1) + float32(0.5) * z)
+    series = t * float32(0.17087277) + float32(-0.82215223)
+    series = t * series + float32(1.48851587)
+    series = t * series + float32(-1.13520398)
+    series = t * series + float32(0.27886807)
+    series = t * series + float32(-0.18628806)
+    series = t * series + float32(0.09678418)
+    series = t * series + float32(0.37409196)
+    series = t * series + float32(1.00002368)
+    series = t * series + float32(-1.26551223)
+    return float32(0.5) * t * exponential(series - z * z)
+
+
+@njit(**COMPILED)
+def exponential(x):
+    """exp(x) of a number no more than zero, to 2 ** -22."""
+    power = max(x * float32(1.44269504), float32(-126))  # of two
+    whole = np.rint(power)
+    y = (power - whole) * float32(0.69314718)  # at most 0.35: six terms of the series
+    series = y * float32(1 / 720) + float32(1 / 120)
+    series = y * series + float32(1 / 24)
+    series = y * series + float32(1 / 6)
+    series = y * series + float32(0.5)
+    series = y * (y * series + float32(1)) + float32(1)
+    exponent = np.int32(int32(whole) + int32(127)) << np.int32(23)
+    return series * np.int32(exponent).view(np.float32)
 
 
 @njit(**COMPILED)
@@ -92,15 +112,6 @@ def exponentials(x, most):
     """
     total = float32(0)
     for i in range(len(x)):
-        power = max((x[i] - most) * float32(1.44269504), float32(-126))  # of two
-        whole = np.rint(power)
-        y = (power - whole) * float32(0.69314718)  # at most 0.35: six terms of the series
-        series = y * float32(1 / 720) + float32(1 / 120)
-        series = y * series + float32(1 / 24)
-        series = y * series + float32(1 / 6)
-        series = y * series + float32(0.5)
-        series = y * (y * series + float32(1)) + float32(1)
-        exponent = np.int32(int32(whole) + int32(127)) << np.int32(23)
-        x[i] = series * np.int32(exponent).view(np.float32)
+        x[i] = exponential(x[i] - most)
         total += x[i]
     return total

@@ -14,6 +14,16 @@ def test_gelu_is_exact_to_float32_over_all_that_it_changes():
     gelu(found)
     exact = F.gelu(torch.from_numpy(x).double()).numpy()
     assert np.all(np.abs(found - exact) <= 2.5 * EPS * np.maximum(1, np.abs(x)))
+    theirs = F.gelu(torch.from_numpy(x)).numpy()
+    assert np.abs(found - exact).max() < 2 * np.abs(theirs - exact).max()
+
+
+def test_gelu_is_exact_relative_to_itself_far_below_zero():
+    x = np.linspace(-10, 0, 100_001, dtype=np.float32)
+    found, wide = x.copy(), torch.from_numpy(x).double()
+    gelu(found)
+    exact = (wide * torch.special.erfc(-wide * 0.5**0.5) / 2).numpy()
+    np.testing.assert_allclose(found, exact, rtol=2**-16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1, 1024), (5, 411)])
