@@ -91,6 +91,12 @@ def _stored(named: tuple[str, Tensor]) -> tuple:
     return name, weight.dtype, weight.shape, weight.stride()
 
 
+def made_of(model: nn.Module) -> tuple[list[type], list[int]]:
+    """The classes of a model's parts, and the addresses of its tensors."""
+    tensors = *model.parameters(), *model.buffers()
+    return [*map(type, model.modules())], [each.data_ptr() for each in tensors]
+
+
 class Decoder:
     """The weights of a model as compiled code reads them; they stay where they are."""
 
@@ -110,15 +116,11 @@ class Decoder:
         self.weights = wte, wpe, *of_layers, _norm(transformer.norm_f), self.head
         self.slopes = model.slopes.numpy()
         self.model = model
-        self._owners = [(m._modules, name) for m in model.modules() for name in m._modules]
-        self._parts = [owner[name] for owner, name in self._owners]
-        self._kinds = [*map(type, self._parts)]
+        self._made_of = made_of(model)
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether a model still is the one that this was made of, part by part."""
-        parts = [owner.get(name) for owner, name in self._owners]
-        same = parts == self._parts and [*map(type, parts)] == self._kinds
-        return same and type(model) is MPT and model.device.type == "cpu"
+        """Whether a model is the one that this was made of, and still stands as it did."""
+        return model is self.model and made_of(model) == self._made_of
 
     def __call__(
         self, cache: Cache, slots: Sequence[int], lengths: Sequence[int], ids: Sequence[int]
@@ -130,7 +132,13 @@ class Decoder:
             slots: (R,), which of them, no one twice.
             lengths: (R,) tokens that each holds before.
             ids: (R,).
+
+        Raises:
+            ValueError: if an id is none of the model's, which no loop would notice.
         """
+        n_ids = len(self.weights[0].weight)
+        if not 0 <= min(ids) <= max(ids) < n_ids:
+            raise ValueError(f"ids {list(ids)}; the model has those from 0 to {n_ids - 1}")
         rows = (np.array(each, np.int64) for each in (slots, lengths, ids))
         with pytorchs_threads():
             found = step(*rows, self.weights, cache, self.slopes, self.shape)

@@ -109,7 +109,14 @@ def of_another_class(layer):
     return layer
 
 
-@pytest.mark.parametrize("changed", [doubled, another, in_8_bits, of_another_class])
+def of_other_weights(layer):
+    layer.load_state_dict(another(layer).state_dict(), assign=True)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "changed", [doubled, another, in_8_bits, of_another_class, of_other_weights]
+)
 def test_tokens_are_those_of_the_model_as_it_is_now(changed):
     ids, whole = some_ids(1, 9)[0].tolist(), copy.deepcopy(model())
     slots = Slots(whole, 1, 9)
@@ -122,6 +129,21 @@ def test_tokens_are_those_of_the_model_as_it_is_now(changed):
         expected.append(whole(torch.tensor([ids]))[0])
         torch.testing.assert_close(written, expected[-1], **CLOSE)
     assert (expected[1] - expected[0]).abs().max() > 10 * CLOSE["atol"]
+
+
+def test_another_model_in_the_place_of_the_first_is_the_one_that_writes():
+    slots, other = Slots(model(), 1, 9), model("RMSNorm, own head")
+    slots.model = other
+    found = slots.decode([0], [3])
+    torch.testing.assert_close(found, other(torch.tensor([[3]]))[0], **CLOSE)
+
+
+@pytest.mark.parametrize("wrong", [-1, V, 2**40])
+def test_an_id_that_is_none_of_the_models_is_refused(wrong):
+    slots = Slots(model(), 2, 9)
+    with pytest.raises(ValueError, match=f"{wrong}.*from 0 to {V - 1}"):
+        slots.decode([0, 1], [5, wrong])
+    assert slots.lengths == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
