@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numba
 import numpy as np
 import torch
-from numba import float32, types, uint16, uint32
+from numba import float32, int32, njit, types, uint16, uint32
 from numba.extending import overload
 
 # NumPy's division: one that had to raise for a zero would keep a loop from using wide registers.
@@ -49,6 +49,13 @@ def _widen(x):
     if x == types.uint16:  # bfloat16 is the upper half of a float32
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: float32(x)
+
+
+@njit(**INLINE)
+def two(byte):
+    """The two numbers, from -8 to 7, of a byte of 4 bits each."""
+    whole = int32(byte)
+    return float32((whole & int32(15)) - int32(8)), float32((whole >> int32(4)) - int32(8))
 
 
 def narrow(number, array):

@@ -6,10 +6,10 @@ Dimensions in this file
     G   groups of numbers with a scale of their own, D / GROUP
 """
 
-from numba import float32, int32, types
+from numba import float32, types
 from numba.extending import overload
 
-from mptbook.infer.compiled import COMPILED, GROUP, widen
+from mptbook.infer.compiled import COMPILED, GROUP, two, widen
 
 
 def add_embeddings(table, ids, x):
@@ -43,6 +43,6 @@ def add_nibbles(table, ids, x):
         for g in range(halves.shape[1]):
             factor = scale[ids[r], g]
             for j in range(GROUP // 2):
-                byte = int32(weight[ids[r], g, j])
-                halves[r, g, 0, j] += float32((byte & int32(15)) - int32(8)) * factor
-                halves[r, g, 1, j] += float32((byte >> int32(4)) - int32(8)) * factor
+                low, high = two(weight[ids[r], g, j])
+                halves[r, g, 0, j] += low * factor
+                halves[r, g, 1, j] += high * factor

@@ -10,10 +10,10 @@ Dimensions in this file
 """
 
 import torch
-from numba import float32, int32, njit, prange
+from numba import float32, njit, prange
 from torch import Tensor
 
-from mptbook.infer.compiled import GROUP, PARALLEL, narrow, pytorchs_threads
+from mptbook.infer.compiled import GROUP, PARALLEL, narrow, pytorchs_threads, two
 
 
 def widened(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,7 +50,6 @@ def widen_nibbles(packed, scale, out):
     for i in prange(len(packed)):
         for g in range(n_groups):
             for j in range(half):
-                byte = int32(packed[i, g, j])
-                low, high = int32(byte & int32(15)), int32(byte >> int32(4))
-                places[i, g, 0, j] = narrow(float32(low - int32(8)) * scale[i, g], out)
-                places[i, g, 1, j] = narrow(float32(high - int32(8)) * scale[i, g], out)
+                low, high = two(packed[i, g, j])
+                places[i, g, 0, j] = narrow(low * scale[i, g], out)
+                places[i, g, 1, j] = narrow(high * scale[i, g], out)
