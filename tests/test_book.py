@@ -1,7 +1,9 @@
 """Each chapter shows code of the package, runs, and is built like the others."""
 
 import ast
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -61,17 +63,36 @@ def test_a_room_belongs_to_one_chapter():
             assert owner.setdefault(path, chapter) == chapter, f"{path.name} is in two chapters"
 
 
-@chapters
-def test_a_chapter_runs_from_top_to_bottom_and_prints_no_warning(chapter, monkeypatch):
-    monkeypatch.setenv("MPTBOOK_FAST", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def run(chapter):
+    """The cells of a chapter after its code has run, quickly and on one core."""
     notebook = jupytext.reads(text_of(chapter), "md:myst")
     resources = {"metadata": {"path": str(ROOT / "book")}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources)
+    settings = {"MPTBOOK_FAST": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    client.execute(env=os.environ | settings)
+    return notebook.cells
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """Of each chapter that is tested, the future of `run`; two run at a time."""
+    asked = [
+        item.callspec.params["chapter"]
+        for item in request.session.items
+        if "runs" in getattr(item, "fixturenames", ())
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {chapter: pool.submit(run, chapter) for chapter in asked}
+        pool.shutdown(cancel_futures=True)
+
+
+@chapters
+def test_a_chapter_runs_from_top_to_bottom_and_prints_no_warning(chapter, runs):
+    cells = runs[chapter].result()
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
     warned = [out["text"] for out in outputs if out.get("name") == "stderr"]
     assert not warned, "the site would drop this: " + "".join(warned)
-    for cell in notebook.cells:
+    for cell in cells:
         figure = cell.metadata.get("mystnb", {}).get("figure")
         kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
         assert not figure or "image/png" in kinds, f"{figure['name']} is not drawn"

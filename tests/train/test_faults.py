@@ -301,13 +301,13 @@ def test_a_sigterm_that_comes_too_early_ends_a_supervised_run_too(command, tmp_p
 def test_a_supervised_run_that_hangs_is_killed_and_resumed(command, tmp_path):
     whole, hung = tmp_path / "whole", tmp_path / "hung"
     how = {"steps": 100, "save_every": 5, "heldout_every": 1000}
-    process = start(command(hung, "--supervise", silence=6, **how))
+    process = start(command(hung, "--supervise", silence=20, **how))
     wait_for(lambda: steps_logged(hung) > 8, process)
     (trainer,) = children(process)
     os.kill(trainer, signal.SIGSTOP)  # alive, and not a step further
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "log.jsonl stands still for 6 s: the process is killed" in said
+    assert "log.jsonl stands still for 20 s: the process is killed" in said
     assert run(command(whole, **how))[0] == 0
     assert_same_end(whole, hung)
 
