@@ -39,7 +39,7 @@ class Serve(RunSettings):
     host: str = Field(
         "127.0.0.1", description="address to listen at; others than loopback take a key"
     )
-    port: NonNegativeInt = Field(8000, description="0 takes one that is free")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes one that is free")
     api_key_file: Path | None = Field(
         None, description=f"file with the key that requests must bring; or it is in {KEY}"
     )
