@@ -67,7 +67,7 @@ def run(chapter):
     """The cells of a chapter after its code has run, quickly and on one core."""
     notebook = jupytext.reads(text_of(chapter), "md:myst")
     resources = {"metadata": {"path": str(ROOT / "book")}}
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
     settings = {"MPTBOOK_FAST": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     client.execute(env=os.environ | settings)
     return notebook.cells
@@ -79,7 +79,7 @@ def runs(request):
     asked = [
         item.callspec.params["chapter"]
         for item in request.session.items
-        if "runs" in getattr(item, "fixturenames", ())
+        if "runs" in item.fixturenames
     ]
     with ThreadPoolExecutor(2) as pool:
         yield {chapter: pool.submit(run, chapter) for chapter in asked}
