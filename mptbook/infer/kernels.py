@@ -62,7 +62,8 @@ def _multiply(linear, x, y):
             add_bias(linear.bias, y)
 
     else:
-        inputs_of = whole_rows if stored == types.int8 else as_they_are
+        kinds = {types.int8: whole_rows, types.uint16: every_other}
+        inputs_of = kinds.get(stored, as_they_are)
 
         def multiply(linear, x, y):
             multiply_inputs(linear, inputs_of(x), y)
@@ -75,6 +76,18 @@ def _multiply(linear, x, y):
 @njit(**EXACT)
 def as_they_are(x):
     return x
+
+
+@njit(**EXACT)
+def every_other(x):
+    """x in the order in which `load` finds weights of bfloat16."""
+    ordered = np.empty_like(x)
+    for r in range(len(x)):
+        for start in range(0, x.shape[1] - PAIRS + 1, PAIRS):
+            for lane in range(LANES):
+                ordered[r, start + lane] = x[r, start + 2 * lane]
+                ordered[r, start + LANES + lane] = x[r, start + 2 * lane + 1]
+    return ordered
 
 
 @njit(**COMPILED)
@@ -93,7 +106,7 @@ def multiply_inputs(linear, inputs, y):
     than one.
 
     Args:
-        inputs: x, or what `whole_rows` or `whole_groups` make of it.
+        inputs: x, or what `every_other`, `whole_rows` or `whole_groups` make of it.
     """
     n_rows, quarter = len(y), (len(linear.weight) + 3) // 4
     for i in prange(quarter):
@@ -124,14 +137,20 @@ def float_products(linear, i, inputs, r, y, sums):
     outputs = i0, i1, i2, i3 = four_outputs(weight, i)
     a = b = c = d = sums
     for start in range(0, weight.shape[1] - PAIRS + 1, PAIRS):
-        for j in (start, start + LANES):
-            a = add_products(a, load(weight, (i0, j)), inputs, r, j)
-            b = add_products(b, load(weight, (i1, j)), inputs, r, j)
-            c = add_products(c, load(weight, (i2, j)), inputs, r, j)
-            d = add_products(d, load(weight, (i3, j)), inputs, r, j)
+        a = add_two(a, load(weight, (i0, start)), inputs, r, start)
+        b = add_two(b, load(weight, (i1, start)), inputs, r, start)
+        c = add_two(c, load(weight, (i2, start)), inputs, r, start)
+        d = add_two(d, load(weight, (i3, start)), inputs, r, start)
         for output in outputs:
             ask_ahead(weight, (output, start))
     write(add_up(a, b, c, d), NO_UNIT, outputs, r, y)
+
+
+@njit(**INLINE)
+def add_two(sums, vectors, inputs, r, start):
+    """Products of two vectors of weights, one after the other."""
+    first = add_products(sums, vectors[0], inputs, r, start)
+    return add_products(first, vectors[1], inputs, r, start + LANES)
 
 
 def byte_products(linear, i, inputs, r, y, sums):
