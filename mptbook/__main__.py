@@ -64,7 +64,25 @@ mptbook VERB --help lists the settings of a verb."""
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb. Exit code 2 and one line for what the user got wrong."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:  # also where argparse exits, after --help
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130  # as a shell counts it: 128 + SIGINT
+    except (ValueError, OSError, Ended) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # 128 + SIGPIPE
+        if os.environ.get("MPTBOOK_TRACEBACK"):
+            raise
+        if str(error):
+            _wait_to_speak(error)
+            print(f"error: {error}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -77,19 +95,20 @@ def main(arguments: list[str] | None = None) -> int:
     module, name, _ = VERBS[verb]
     if verb == "serve" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # which is read when torch is loaded
-    try:
-        settings = getattr(importlib.import_module(module), name)
-        settings.from_command_line(verb, rest).run()
-    except KeyboardInterrupt:
-        return 130  # as a shell counts it: 128 + SIGINT
-    except (ValueError, OSError, Ended) as error:
-        if os.environ.get("MPTBOOK_TRACEBACK"):
-            raise
-        if str(error):
-            _wait_to_speak(error)
-            print(f"error: {error}", file=sys.stderr)
-        return _exit_code(error)
+    settings = getattr(importlib.import_module(module), name)
+    settings.from_command_line(verb, rest).run()
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether who read standard output has left, as `head` does; nothing more is written then."""
+    try:
+        print(flush=True)  # the pipe that broke may be another: a worker's, a connection's
+    except BrokenPipeError:
+        # What is left would be tried again, and complained about, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _wait_to_speak(error: Exception) -> None:

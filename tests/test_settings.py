@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,28 @@ def test_an_unknown_verb_is_one_line(capsys):
     assert (
         capsys.readouterr().err == f"error: train is not a verb; mptbook has {', '.join(VERBS)}\n"
     )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["corpora", "--help"], ["corpora"]])
+def test_nothing_is_said_when_who_reads_the_output_leaves(arguments, unbuffered):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "mptbook", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    found = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    assert found.stderr == b""
+    assert found.returncode in (0, 141)  # argparse does not mind
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    def broken(_):
+        raise BrokenPipeError(32, "a worker is gone")
+
+    monkeypatch.setattr("mptbook.data.corpora.Corpora.run", broken)
+    assert main(["corpora"]) == 2
+    assert "a worker is gone" in capsys.readouterr().err
 
 
 def test_importing_the_package_imports_no_torch():
