@@ -3,8 +3,11 @@
 import ast
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import torch
 
 from mptbook import wheels
@@ -26,11 +29,34 @@ def trained(name: str = "tiny") -> Path:
     after a change of any of them the model is trained again. For `tiny` that takes
     nine minutes on two cores with units for bfloat16, and forty on two that have registers of
     256 bits and no such units; with `MPTBOOK_FAST=1` a few seconds, and the model is bad.
+    Who asks while another process trains it, a second notebook for example, waits.
     """
     home = cache_dir() / "runs" / f"{name}-{_key(name)}{'-fast' if fast_mode() else ''}"
+    run = home / "run"
+    if not (run / "model").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        with _alone(home):
+            if not (run / "model").exists():  # the other may have made it
+                _train(name, home)
+    return run
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    lock = filelock.FileLock(home / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(f"another process makes the model in {home}; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train(name: str, home: Path) -> None:
     vocabulary, rows, run = home / "tokenizer.json", home / "rows", home / "run"
-    if (run / "model").exists():
-        return run
     settings = Pretrain.from_toml(CONFIGS / f"{name}.toml", data=rows, out=run)
     if fast_mode():
         settings.steps, settings.optim.warmup, settings.heldout_characters = 20, 5, 4096
@@ -41,7 +67,6 @@ def trained(name: str = "tiny") -> Path:
     if run.exists():
         settings.resume = True  # an earlier call was interrupted
     pretrain(settings)
-    return run
 
 
 def _key(name: str) -> str:

