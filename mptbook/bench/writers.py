@@ -191,8 +191,9 @@ def some_prompts(vocab_size: int, n_sequences: int, n_tokens: int) -> list[tuple
 
 
 def _native(config: MPTConfig):
-    from transformers import MptConfig, MptForCausalLM
+    from transformers import MptConfig, MptForCausalLM, logging
 
+    logging.disable_progress_bar()  # bars take a semaphore, which ending the process would leave
     names = "d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"
     torch.manual_seed(0)
     return MptForCausalLM(MptConfig(**{name: getattr(config, name) for name in names}))
