@@ -60,12 +60,11 @@ def test_who_asks_while_another_process_trains_waits_for_its_model(tmp_path, mon
     home.mkdir(parents=True)
     monkeypatch.setenv("MPTBOOK_FAST", "1")
     command = [sys.executable, "-m", "mptbook.train.recipe"]
-    with filelock.FileLock(home / "lock"):
-        asking = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert (
-            asking.stdout.readline()
-            == f"another process makes the model in {home}; waiting for it\n"
-        )
+    lock = filelock.FileLock(home / "lock")
+    with lock, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        waiting = f"another process makes the model in {home}; waiting for it\n"
+        assert asking.stdout.readline() == waiting
         (home / "run/model").mkdir(parents=True)  # it is done
-    said, _ = asking.communicate(timeout=60)
-    assert said == f"the trained model: {home / 'run/model'}\n"
+        lock.release()
+        assert asking.stdout.read() == f"the trained model: {home / 'run/model'}\n"
+    assert asking.returncode == 0
