@@ -1,16 +1,19 @@
 """How loops are compiled, on how many threads they run, and numbers as weights are stored.
 
 Numba compiles a loop at its first call, for the types that it is called with and the processor
-that it runs on: seconds, kept on disk.
+that it runs on: seconds, kept on disk until a file of this folder changes.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 from numba import float32, int32, njit, types, uint16, uint32
+from numba.core import caching
 from numba.extending import overload
 
 # NumPy's division: one that had to raise for a zero would keep a loop from using wide registers.
@@ -25,6 +28,40 @@ COMPILED = EXACT | {"fastmath": {"reassoc", "contract", "nsz"}}
 PARALLEL = COMPILED | {"parallel": True}
 
 GROUP = 64  # inputs that share a scale where weights have 4 bits
+
+FOLDER = Path(__file__).parent
+SOURCES = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.py")))
+STAMP = hashlib.sha256(SOURCES).hexdigest()
+
+
+class Locator:
+    """Where Numba keeps a loop of this folder, and whether what lies there is still that loop.
+
+    Numba itself looks at the file of a loop alone. What the loop calls is compiled into it, so
+    after an update of another file it would go on with the old code.
+    """
+
+    @classmethod
+    def from_function(cls, function: Callable, file: str) -> object | None:
+        """One of Numba's locators; None for what is not ours."""
+        if Path(file).parent != FOLDER:
+            return None
+        places = caching.UserProvidedCacheLocator, caching.InTreeCacheLocator
+        for place in (*places, caching.UserWideCacheLocator):
+            if (found := place.from_function(function, file)) is not None:
+                found.get_source_stamp = lambda: STAMP
+                return found
+        return None
+
+
+def _locators() -> str:
+    """The setting of Numba's that puts ours before those that it has."""
+    usual = "UserProvided", "InTree", "UserWide", "IPython", "Zip"
+    others = numba.config.CACHE_LOCATOR_CLASSES or ",".join(f"{n}CacheLocator" for n in usual)
+    return f"{__name__}.{Locator.__name__},{others}"
+
+
+numba.config.CACHE_LOCATOR_CLASSES = _locators()
 
 
 @contextmanager
