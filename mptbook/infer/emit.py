@@ -76,30 +76,28 @@ def vector_at(builder, place, number: ir.Type, n: int):
 def address(context, builder, signature, args, n):
     """Of array[at], which are argument n and the one after it."""
     at = cgutils.unpack_tuple(builder, args[n + 1])
-    whole = [
-        context.cast(builder, each, kind, types.intp)
-        for each, kind in zip(at, signature.args[n + 1], strict=True)
-    ]
-    return address_of(context, builder, signature, args, n, whole)
+    return address_of(context, builder, signature, args, n, at, signature.args[n + 1])
 
 
-def addresses(context, builder, signature, args, n, n_rows):
-    """Addresses of array[row + k, column] for each k; arguments n, n + 1 and n + 2."""
-    row, column = (
-        context.cast(builder, args[i], signature.args[i], types.intp) for i in (n + 1, n + 2)
-    )
-    for k in range(n_rows):
-        at = [builder.add(row, I64(k)), column]
-        yield address_of(context, builder, signature, args, n, at)
+def addresses(context, builder, signature, args, n):
+    """Of array[row, column] for each of some rows; arguments n, n + 1 and n + 2."""
+    column, kind = args[n + 2], signature.args[n + 2]
+    for row in cgutils.unpack_tuple(builder, args[n + 1]):
+        at, kinds = [row, column], [types.intp, kind]
+        yield address_of(context, builder, signature, args, n, at, kinds)
 
 
-def address_of(context, builder, signature, args, n, at):
+def address_of(context, builder, signature, args, n, at, kinds):
     """Of array[at], which is argument n; numbers of a vector lie side by side."""
-    kind = signature.args[n]
-    if kind.layout != "C":
-        raise TypingError(f"{kind}: vectors are loaded from arrays whose numbers are neighbours")
-    array = context.make_array(kind)(context, builder, args[n])
-    place = builder.ptrtoint(array.data, I64)
-    for index, stride in zip(at, cgutils.unpack_tuple(builder, array.strides), strict=True):
+    array = signature.args[n]
+    if array.layout != "C":
+        raise TypingError(f"{array}: vectors are loaded from arrays whose numbers are neighbours")
+    value = context.make_array(array)(context, builder, args[n])
+    # The last stride is a constant, for which the processor needs no register.
+    size = context.get_abi_sizeof(context.get_data_type(array.dtype))
+    strides = [*cgutils.unpack_tuple(builder, value.strides)[:-1], I64(size)]
+    place = builder.ptrtoint(value.data, I64)
+    for index, kind, stride in zip(at, kinds, strides, strict=True):
+        index = context.cast(builder, index, kind, types.intp)
         place = builder.add(place, builder.mul(index, stride))
     return place

@@ -17,28 +17,28 @@ Dimensions in this file
 """
 
 import numpy as np
-from numba import float32, int64, njit, prange, types
+from numba import float32, njit, prange, types
 from numba.extending import overload
 
 from mptbook.infer.compiled import COMPILED, EXACT, EXACT_PARALLEL, GROUP, INLINE, widen
 from mptbook.infer.emit import LANES, PAIRS
-from mptbook.infer.vectors import (
+from mptbook.infer.inputs import float_inputs, whole_groups, whole_inputs
+from mptbook.infer.sums import (
+    add_group,
     add_products,
     add_scaled,
     add_up,
-    ask_ahead,
-    load,
-    load_bytes,
-    load_nibbles,
     whole_numbers,
     whole_zeros,
     zeros,
 )
-from mptbook.infer.whole import whole_groups, whole_rows
+from mptbook.infer.vectors import ask_ahead, gather, load, outputs_at
 
+FOUR = 0, 1, 2, 3
+# Outputs that go together, so many that what four rows need for them fits into the registers. Of
+# the 16 of AVX2, whole numbers take some for products before they are added, 4 bits most.
+OF_FLOATS, OF_BYTES, OF_NIBBLES = (FOUR[: 4 if LANES == 16 else n] for n in (3, 2, 1))
 MOST = 4096  # inputs whose products, of 8 and 16 bits, add up in a vector without overflow
-NO_UNIT = np.empty(0, np.float32)
-ROWS = LANES // 4  # that are multiplied together: all sums of four outputs fit into the registers
 
 
 def multiply(linear, x, y):
@@ -58,36 +58,19 @@ def _multiply(linear, x, y):
     if stored == types.uint8:  # groups of inputs fill vectors
 
         def multiply(linear, x, y):
-            multiply_inputs(linear, whole_groups(x), y)
+            multiply_inputs(linear, whole_groups(x), OF_NIBBLES, y)
             add_bias(linear.bias, y)
 
     else:
-        kinds = {types.int8: whole_rows, types.uint16: every_other}
-        inputs_of = kinds.get(stored, as_they_are)
+        whole = stored == types.int8
+        inputs_of, of = (whole_inputs, OF_BYTES) if whole else (float_inputs, OF_FLOATS)
 
         def multiply(linear, x, y):
-            multiply_inputs(linear, inputs_of(x), y)
+            multiply_inputs(linear, inputs_of(x), of, y)
             add_rest(linear, x, y)
             add_bias(linear.bias, y)
 
     return multiply
-
-
-@njit(**EXACT)
-def as_they_are(x):
-    return x
-
-
-@njit(**EXACT)
-def every_other(x):
-    """x in the order in which `load` finds weights of bfloat16."""
-    ordered = np.empty_like(x)
-    for r in range(len(x)):
-        for start in range(0, x.shape[1] - PAIRS + 1, PAIRS):
-            for lane in range(LANES):
-                ordered[r, start + lane] = x[r, start + 2 * lane]
-                ordered[r, start + LANES + lane] = x[r, start + 2 * lane + 1]
-    return ordered
 
 
 @njit(**COMPILED)
@@ -99,116 +82,102 @@ def product(linear, x):
 
 
 @njit(**EXACT_PARALLEL)
-def multiply_inputs(linear, inputs, y):
+def multiply_inputs(linear, inputs, of, y):
     """`multiply`, but for inputs at the end that fill no vector.
 
-    Each thread reads four places of the matrix at a time: memory serves several streams faster
-    than one.
+    Each thread reads several places of the matrix at a time: memory serves several streams faster
+    than one. Where outputs are no multiple of those that go together, some are computed twice.
 
     Args:
-        inputs: x, or what `every_other`, `whole_rows` or `whole_groups` make of it.
+        inputs: x, as `float_inputs`, `whole_inputs` or `whole_groups` gives it.
+        of: as many elements as outputs go together where there are three rows or more. One or two
+            wait for memory, and four outputs are four streams.
     """
-    n_rows, quarter = len(y), (len(linear.weight) + 3) // 4
-    for i in prange(quarter):
-        for r in range(0, n_rows - ROWS + 1, ROWS):
-            products(linear, i, inputs, r, y, zeros(ROWS))
-        for r in range(n_rows - n_rows % ROWS, n_rows):
-            products(linear, i, inputs, r, y, zeros(1))
+    n_rows, n_outputs = len(y), len(linear.weight)
+    if n_rows < 3:
+        for i in prange((n_outputs + 3) // 4):
+            rest_products(linear, outputs_at(i, n_outputs, FOUR), inputs, 0, y)
+    else:
+        for i in prange((n_outputs + len(of) - 1) // len(of)):
+            outputs = outputs_at(i, n_outputs, of)
+            for r in range(0, n_rows - 3, 4):
+                products(linear, outputs, inputs, r, y, zeros(outputs, 4))
+            rest_products(linear, outputs, inputs, n_rows & -4, y)
 
 
-def products(linear, i, inputs, r, y, sums):
-    """Output i of each fourth of all, for rows from r on, into y.
+@njit(**INLINE)
+def rest_products(linear, outputs, inputs, r, y):
+    """`products` of the last rows, from r on; fewer than four."""
+    rest = len(y) - r
+    if rest == 3:
+        products(linear, outputs, inputs, r, y, zeros(outputs, 3))
+    elif rest == 2:
+        products(linear, outputs, inputs, r, y, zeros(outputs, 2))
+    elif rest == 1:
+        products(linear, outputs, inputs, r, y, zeros(outputs, 1))
+
+
+def products(linear, outputs, inputs, r, y, sums):
+    """Some outputs for rows from r on, into y.
 
     Args:
-        sums: `zeros` of as many rows. They stay in registers, and for four rows eight vectors are
-            loaded for sixteen multiplications; one output of one row would take two for one.
+        sums: `zeros` of as many rows, which stay in registers.
     """
     raise AssertionError("compiled code only")
 
 
 @overload(products, jit_options=INLINE)
-def _products(linear, i, inputs, r, y, sums):
+def _products(linear, outputs, inputs, r, y, sums):
     chosen = {types.uint8: nibble_products, types.int8: byte_products}
     return chosen.get(linear.types[0].dtype, float_products)
 
 
-def float_products(linear, i, inputs, r, y, sums):
-    weight = linear.weight
-    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
-    a = b = c = d = sums
-    for start in range(0, weight.shape[1] - PAIRS + 1, PAIRS):
-        a = add_two(a, load(weight, (i0, start)), inputs, r, start)
-        b = add_two(b, load(weight, (i1, start)), inputs, r, start)
-        c = add_two(c, load(weight, (i2, start)), inputs, r, start)
-        d = add_two(d, load(weight, (i3, start)), inputs, r, start)
+def float_products(linear, outputs, inputs, r, y, sums):
+    weight, x = linear.weight, inputs[0]
+    width, n_rows = weight.shape[1], len(sums[0])
+    for start in range(0, width - PAIRS + 1, PAIRS):
+        for j in (start, start + LANES):
+            weights = load(weight, outputs, j)
+            sums = add_products(sums, weights, x, r * width + n_rows * j)
         for output in outputs:
             ask_ahead(weight, (output, start))
-    write(add_up(a, b, c, d), NO_UNIT, outputs, r, y)
+    write(add_up(sums), inputs[1], outputs, r, y)
 
 
-@njit(**INLINE)
-def add_two(sums, vectors, inputs, r, start):
-    """Products of two vectors of weights, one after the other."""
-    first = add_products(sums, vectors[0], inputs, r, start)
-    return add_products(first, vectors[1], inputs, r, start + LANES)
-
-
-def byte_products(linear, i, inputs, r, y, sums):
+def byte_products(linear, outputs, inputs, r, y, sums):
     weight, scale, _ = linear
     x, unit = inputs
-    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
-    a = b = c = d = sums
-    for start in range(0, x.shape[1], MOST):
-        of_a = of_b = of_c = of_d = whole_zeros(sums)
-        for j in range(start, min(start + MOST, x.shape[1]) - PAIRS + 1, PAIRS):
-            of_a = add_products(of_a, load_bytes(weight, (i0, j)), x, r, j)
-            of_b = add_products(of_b, load_bytes(weight, (i1, j)), x, r, j)
-            of_c = add_products(of_c, load_bytes(weight, (i2, j)), x, r, j)
-            of_d = add_products(of_d, load_bytes(weight, (i3, j)), x, r, j)
+    width, n_rows = weight.shape[1], len(sums[0])
+    for start in range(0, width, MOST):
+        whole = whole_zeros(sums)
+        for j in range(start, min(start + MOST, width) - PAIRS + 1, PAIRS):
+            whole = add_products(whole, load(weight, outputs, j), x, r * width + n_rows * j)
             for output in outputs:
                 ask_ahead(weight, (output, j))
-        a, b = add_scaled(a, of_a, scale[i0, 0]), add_scaled(b, of_b, scale[i1, 0])
-        c, d = add_scaled(c, of_c, scale[i2, 0]), add_scaled(d, of_d, scale[i3, 0])
-    write(add_up(a, b, c, d), unit, outputs, r, y)
+        sums = add_scaled(sums, whole, gather(scale, outputs, 0))
+    write(add_up(sums), unit, outputs, r, y)
 
 
-def nibble_products(linear, i, inputs, r, y, sums):
+def nibble_products(linear, outputs, inputs, r, y, sums):
     weight, scale, _ = linear
     x, excess, unit = inputs
-    outputs = i0, i1, i2, i3 = four_outputs(weight, i)
-    a = b = c = d = sums
+    width, n_rows = GROUP * scale.shape[1], len(sums[0])
     for g in range(scale.shape[1]):
-        a = add_scaled(a, group_products(weight, i0, g, x, excess, r, sums), scale[i0, g])
-        b = add_scaled(b, group_products(weight, i1, g, x, excess, r, sums), scale[i1, g])
-        c = add_scaled(c, group_products(weight, i2, g, x, excess, r, sums), scale[i2, g])
-        d = add_scaled(d, group_products(weight, i3, g, x, excess, r, sums), scale[i3, g])
-    write(add_up(a, b, c, d), unit, outputs, r, y)
-
-
-@njit(**INLINE)
-def group_products(weight, i, g, x, excess, r, sums):
-    """Products of one group of output i, in whole numbers."""
-    totals = whole_numbers(sums, excess, r, g)
-    ask_ahead(weight, (i, g, 0))
-    vectors = load_nibbles(weight, (i, g, 0))
-    for n in range(len(vectors)):
-        totals = add_products(totals, vectors[n], x, r, g * GROUP + n * PAIRS)
-    return totals
-
-
-@njit(**INLINE)
-def four_outputs(weight, i):
-    """One of each fourth; where there is no multiple of four, some come twice."""
-    i, quarter, last = int64(i), (len(weight) + 3) // 4, len(weight) - 1
-    return i, min(i + quarter, last), min(i + 2 * quarter, last), min(i + 3 * quarter, last)
+        for output in outputs:
+            ask_ahead(weight, (output, g, 0))
+        whole = whole_numbers(sums, excess, r, g)
+        whole = add_group(whole, weight, outputs, g, x, r * width + n_rows * GROUP * g)
+        sums = add_scaled(sums, whole, gather(scale, outputs, g))
+    write(add_up(sums), unit, outputs, r, y)
 
 
 @njit(**INLINE)
 def write(found, unit, outputs, r, y):
     """What `add_up` gives, times the units of the rows where they have one, into y from r on."""
-    for k in range(len(found) // 4):
+    for k in range(len(found) // len(outputs)):
         for n, i in enumerate(outputs):
-            y[r + k, i] = found[4 * k + n] * unit[r + k] if unit.size else found[4 * k + n]
+            value = found[len(outputs) * k + n]
+            y[r + k, i] = value * unit[r + k] if unit.size else value
 
 
 @njit(**EXACT_PARALLEL)

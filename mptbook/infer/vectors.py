@@ -5,11 +5,6 @@ loops over weights can be written, but for several rows LLVM's vectors take twic
 these (measured). Here a loop says itself which vectors it holds. A function below stands for the
 few instructions of LLVM's own language that its first line says; LLVM finds the processor's
 instructions for them, whatever processor it is.
-
-Several vectors go as a tuple: sums of as many rows.
-
-Dimensions in this file
-    R   rows of which a loop holds the sums
 """
 
 from typing import Any
@@ -28,15 +23,10 @@ from mptbook.infer.emit import (
     I64,
     LANES,
     PAIRS,
-    add_floats,
-    add_neighbours,
-    add_whole,
     address,
     addresses,
     constant,
     number_at,
-    shuffle,
-    spread,
     vector_at,
     vector_of,
 )
@@ -69,67 +59,42 @@ SHORT = Vector(types.int16, PAIRS)
 
 
 @intrinsic
-def load(typing, array, at):
-    """The `PAIRS` numbers from array[at] on, as two vectors of float32.
+def load(typing, array, rows, column):
+    """A vector from array[row, column] on, for each of some rows.
 
     Args:
-        array: of float32, the first half of which is the first vector; or of uint16, which are
-            the bits of bfloat16, and every other number is in the first vector.
-        at: a tuple of indices.
+        array: of float32, or of uint16, the bits of bfloat16: `LANES` numbers as float32. Or of
+            int8: `PAIRS` numbers as int16.
     """
+    kind = SHORT if array.dtype == types.int8 else FLOATS
 
-    def emit(context, builder, signature, args):
-        place = address(context, builder, signature, args, 0)
+    def vector(builder, place):
         if array.dtype == types.float32:
-            places = place, builder.add(place, I64(4 * LANES))
-            found = [vector_at(builder, each, F32, LANES) for each in places]
-        else:
-            # bfloat16 is the upper half of a float32. Two are loaded as one number and taken
-            # apart by a shift and a mask, where one by one each would take two instructions.
-            both = builder.bitcast(vector_at(builder, place, I16, PAIRS), vector_of(I32, LANES))
-            bits = (
-                builder.shl(both, constant(I32, 16, LANES)),
-                builder.and_(both, constant(I32, 0xFFFF0000, LANES)),
-            )
-            found = [builder.bitcast(each, vector_of(F32, LANES)) for each in bits]
+            return vector_at(builder, place, F32, LANES)
+        if array.dtype == types.int8:
+            return builder.sext(vector_at(builder, place, I8, PAIRS), vector_of(I16, PAIRS))
+        # bfloat16 is the upper half of a float32.
+        wide = builder.zext(vector_at(builder, place, I16, LANES), vector_of(I32, LANES))
+        return builder.bitcast(builder.shl(wide, constant(I32, 16, LANES)), vector_of(F32, LANES))
+
+    def emit(context, builder, signature, args):
+        places = addresses(context, builder, signature, args, 0)
+        found = [vector(builder, place) for place in places]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(FLOATS, 2)(array, at), emit
+    return types.UniTuple(kind, rows.count)(array, rows, column), emit
 
 
 @intrinsic
-def load_bytes(typing, array, at):
-    """`PAIRS` numbers of int8 from array[at] on, as int16."""
+def gather(typing, array, rows, column):
+    """array[row, column] of float32, for each of some rows."""
 
     def emit(context, builder, signature, args):
-        place = address(context, builder, signature, args, 0)
-        return builder.sext(vector_at(builder, place, I8, PAIRS), vector_of(I16, PAIRS))
-
-    return SHORT(array, at), emit
-
-
-@intrinsic
-def load_nibbles(typing, array, at):
-    """The 64 weights of 4 bits from array[at] on, each 8 more than it is, in vectors of int16.
-
-    A lane of a loaded vector has `BYTES` bytes; the first vector found is the low halves of the
-    first byte of each lane, the second their high halves, and so on for the other byte.
-
-    Args:
-        array: of uint8; see `mptbook.infer.quantize.pack` for the order of weights.
-    """
-
-    def emit(context, builder, signature, args):
-        place = address(context, builder, signature, args, 0)
-        lanes = vector_at(builder, place, ir.IntType(8 * BYTES), PAIRS)
-        lanes = lanes if BYTES == 2 else builder.zext(lanes, vector_of(I16, PAIRS))
-        found = [
-            builder.and_(builder.lshr(lanes, constant(I16, shift, PAIRS)), constant(I16, 15, PAIRS))
-            for shift in range(0, 8 * BYTES, 4)
-        ]
+        places = addresses(context, builder, signature, args, 0)
+        found = [number_at(builder, place, F32) for place in places]
         return context.make_tuple(builder, signature.return_type, found)
 
-    return types.UniTuple(SHORT, 2 * BYTES)(array, at), emit
+    return types.UniTuple(types.float32, rows.count)(array, rows, column), emit
 
 
 @intrinsic
@@ -152,101 +117,24 @@ def ask_ahead(typing, array, at):
     return types.void(array, at), emit
 
 
-@intrinsic(prefer_literal=True)
-def zeros(typing, n_rows):
-    """R vectors of float32 zeros; `n_rows` is R, a constant."""
-    return types.UniTuple(FLOATS, n_rows.literal_value)(n_rows), _emit_zeros
-
-
 @intrinsic
-def whole_zeros(typing, sums):
-    """As many vectors of int32 zeros as `sums` has."""
-    return types.UniTuple(WHOLE, sums.count)(sums), _emit_zeros
+def outputs_at(typing, i, n_outputs, of):
+    """Output i of each part of all, of as many parts as `of` has elements.
 
-
-@intrinsic
-def whole_numbers(typing, sums, array, row, column):
-    """As many vectors as `sums` has, whose lanes add up to array[row + k, column], int32."""
-
-    def emit(context, builder, signature, args):
-        empty = ir.Constant(vector_of(I32, LANES), [0] * LANES)
-        found = [
-            builder.insert_element(empty, number_at(builder, place, I32), I32(0))
-            for place in addresses(context, builder, signature, args, 1, sums.count)
-        ]
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return types.UniTuple(WHOLE, sums.count)(sums, array, row, column), emit
-
-
-def _emit_zeros(context, builder, signature, args):
-    return context.get_constant_null(signature.return_type)
-
-
-@intrinsic
-def add_products(typing, sums, weights, x, row, column):
-    """sums[k] + weights * x[row + k, column:] for each k below R.
-
-    Args:
-        sums: R vectors, of float32 or int32.
-        weights: a vector, of float32 or int16.
-        x: two-dimensional, of float32 or int16 likewise.
+    Where outputs are no multiple of that, the last of all stands for those that a part lacks.
     """
 
     def emit(context, builder, signature, args):
-        add = add_floats if weights == FLOATS else add_whole
-        number = F32 if weights == FLOATS else I16
-        places = addresses(context, builder, signature, args, 2, sums.count)
-        found = [
-            add(builder, each, args[1], vector_at(builder, place, number, weights.n))
-            for each, place in zip(cgutils.unpack_tuple(builder, args[0]), places, strict=True)
-        ]
+        first, total = (
+            context.cast(builder, each, kind, types.intp)
+            for each, kind in zip(args[:2], (i, n_outputs), strict=True)
+        )
+        part = builder.udiv(builder.add(total, I64(of.count - 1)), I64(of.count))
+        last, found = builder.sub(total, I64(1)), []
+        for n in range(of.count):
+            output = builder.add(first, builder.mul(part, I64(n)))
+            beyond = builder.icmp_signed(">", output, last)
+            found.append(builder.select(beyond, last, output))
         return context.make_tuple(builder, signature.return_type, found)
 
-    return sums(sums, weights, x, row, column), emit
-
-
-@intrinsic
-def add_scaled(typing, sums, whole, scale):
-    """sums[k] + scale * whole[k] for each k below R.
-
-    Args:
-        sums: R vectors of float32.
-        whole: R vectors of int32.
-        scale: float32.
-    """
-
-    def emit(context, builder, signature, args):
-        factor = spread(builder, args[2])
-        vectors = (cgutils.unpack_tuple(builder, each) for each in args[:2])
-        found = [
-            add_floats(builder, total, builder.sitofp(numbers, vector_of(F32, LANES)), factor)
-            for total, numbers in zip(*vectors, strict=True)
-        ]
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return sums(sums, whole, scale), emit
-
-
-@intrinsic
-def add_up(typing, a, b, c, d):
-    """The sum of each vector of four tuples: of a[0], b[0], c[0], d[0], a[1] and so on.
-
-    Four at a time: neighbours are added until each lane has a sum, which takes a fourth of the
-    instructions that adding up one vector after the other would.
-    """
-
-    def emit(context, builder, signature, args):
-        found = []
-        tuples = (cgutils.unpack_tuple(builder, each) for each in args)
-        for of_a, of_b, of_c, of_d in zip(*tuples, strict=True):
-            ab, cd = add_neighbours(builder, of_a, of_b, 1), add_neighbours(builder, of_c, of_d, 1)
-            total, size = add_neighbours(builder, ab, cd, 2), LANES
-            while size > 4:
-                size //= 2
-                upper = shuffle(builder, total, total, range(size, 2 * size))
-                total = builder.fadd(shuffle(builder, total, total, range(size)), upper)
-            found += [builder.extract_element(total, I32(lane)) for lane in range(4)]
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return types.UniTuple(types.float32, 4 * a.count)(a, b, c, d), emit
+    return types.UniTuple(types.intp, of.count)(i, n_outputs, of), emit

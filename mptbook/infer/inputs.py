@@ -1,4 +1,8 @@
-"""Inputs of a layer as whole numbers, for weights of 8 and of 4 bits.
+"""Inputs of a layer as kernels take them: in the order of their loops, and as whole numbers where
+weights have 8 or 4 bits.
+
+Kernels multiply four rows together, and then those that are left. What such rows have for one
+vector of weights lies together, so that a loop goes through one stretch of memory.
 
 Dimensions in this file
     R   rows: sequences that a token is written for
@@ -9,8 +13,40 @@ Dimensions in this file
 import numpy as np
 from numba import float32, int16, int32, njit
 
-from mptbook.infer.compiled import EXACT, GROUP
+from mptbook.infer.compiled import EXACT, GROUP, INLINE
+from mptbook.infer.emit import LANES, PAIRS
 from mptbook.infer.vectors import BYTES, HALF
+
+
+@njit(**INLINE)
+def together(x, size):
+    """(R * D,) of the (R, D) numbers: rows that are multiplied together in turn, `size` numbers of
+    each. Of inputs at the end that do not fill so many nothing is copied."""
+    n_rows, width = x.shape
+    flat = np.empty(x.size, x.dtype)
+    r = 0
+    while r < n_rows:
+        n = min(4, n_rows - r)
+        for start in range(0, width - size + 1, size):
+            for k in range(n):
+                at = r * width + n * start + k * size
+                for lane in range(size):
+                    flat[at + lane] = x[r + k, start + lane]
+        r += n
+    return flat
+
+
+@njit(**EXACT)
+def float_inputs(x):
+    """(R, D) float32 in the order of kernels, and no units."""
+    return together(x, LANES), np.empty(0, np.float32)
+
+
+@njit(**EXACT)
+def whole_inputs(x):
+    """`whole_rows` in the order of kernels: (R * D,) int16, and (R,) float32."""
+    whole, unit = whole_rows(x)
+    return together(whole, PAIRS), unit
 
 
 @njit(**EXACT)
@@ -38,11 +74,12 @@ def whole_rows(x):
 
 @njit(**EXACT)
 def whole_groups(x):
-    """`whole_rows` for weights of 4 bits, which are stored 8 larger than they are.
+    """`whole_inputs` for weights of 4 bits, which are stored 8 larger than they are.
 
     Returns:
-        (R, D) int16 in the order of `load_nibbles`; (R, G) int32, -8 times the sum of a group,
-        which takes what is too much in its products away; and (R,), the units.
+        (R * D,) int16, groups in the order of `mptbook.infer.sums.add_group`; (R, G) int32, -8
+        times the sum of a group, which takes what is too much in its products away; and (R,), the
+        units.
     """
     whole, unit = whole_rows(x)
     ordered = np.empty_like(whole)
@@ -60,4 +97,4 @@ def whole_groups(x):
                 for lane in range(lanes):
                     target[g, byte, half, lane] = halves[g, half, lane * BYTES + byte]
         sums[g] = int32(-8) * total
-    return ordered, excess, unit
+    return together(ordered, PAIRS), excess, unit
