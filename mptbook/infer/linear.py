@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from mptbook.infer.compiled import pytorchs_threads
 from mptbook.infer.kernels import product
 
+BLOCK = 64  # rows whose inputs stay in the cache next to the processor
+
 
 class Linear(NamedTuple):
     """A layer as kernels read it; arrays of no elements where it has none.
@@ -56,7 +58,9 @@ def floats(values: Tensor | None) -> np.ndarray:
 def multiplied(layer: nn.Module, x: Tensor) -> Tensor:
     """(R, N) float32 products of a layer, on a CPU, with the (R, D) rows of x.
 
-    Right for few rows: the packed weights themselves are read, and read once.
+    The packed weights themselves are read, once for each `BLOCK` rows.
     """
+    linear, blocks = linear_of(layer), x.float().contiguous().split(BLOCK)
     with pytorchs_threads():
-        return torch.from_numpy(product(linear_of(layer), x.float().contiguous().numpy()))
+        found = [torch.from_numpy(product(linear, block.numpy())) for block in blocks]
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -13,6 +13,7 @@ Sources: Dettmers et al., arXiv:2208.07339 (a scale for each row); Frantar et al
 arXiv:2210.17323, section 3 (rounding to the nearest in groups, as the baseline).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -28,7 +29,8 @@ from mptbook.model.precision import has_bf16
 
 PIECE = 2**22  # numbers that are packed at once, which bounds the memory that it takes
 WIDE = 2**22  # numbers that are widened at once
-FEW = 32  # rows up to which packed weights are not widened for a product
+FEW = 32  # rows up to which packed weights are not widened for a product in bfloat16
+SOME = 128  # likewise for one in float32
 Bits = Literal[16, 8, 4]
 PARTS = {16: ("packed",), 8: ("packed", "scale"), 4: ("packed", "scale")}
 
@@ -144,8 +146,8 @@ class PackedLinear(Packed):
     """A linear layer of packed weights.
 
     On a CPU few rows are multiplied with the packed weights themselves, `mptbook.infer.kernels`.
-    For many rows products take longer than weights, and weights are widened first, to bfloat16
-    where the device has units for it.
+    For many rows products take longer than weights, and weights are widened first: to bfloat16
+    where the device has units for it, else to float32, which does not pay for 8 bits.
     """
 
     def __init__(self, packed: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -154,20 +156,33 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., N), in the dtype of x."""
-        if x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu" and not x.requires_grad:
-            found = multiplied(self, x.reshape(-1, x.shape[-1]))
-            return found.view(*x.shape[:-1], -1).to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and not x.requires_grad and len(rows) <= self._most_rows:
+            found = multiplied(self, rows)
+        else:
+            found = self._widened_product(rows)
+            found = found if self.bias is None else found + self.bias
+        return found.view(*x.shape[:-1], -1).to(x.dtype)
+
+    @property
+    def _most_rows(self) -> float:
+        """Rows up to which packed weights are multiplied as fast as widened ones, or faster."""
+        if has_bf16(self.packed.device):
+            return FEW
+        # Products of whole numbers are faster than those of float32, for any number of rows.
+        return math.inf if self.packed.dtype == torch.int8 else SOME
+
+    def _widened_product(self, x: Tensor) -> Tensor:
+        """(R, D) to (R, N), without the bias."""
         dtype = torch.bfloat16 if has_bf16(x.device) else torch.float32
         # Some rows of the weight at a time: widened they never leave the processor's cache.
-        rows = max(1, WIDE // x.shape[-1])
-        scales = [None] * -(-len(self.packed) // rows)
-        scales = scales if self.scale is None else self.scale.split(rows)
+        n = max(1, WIDE // x.shape[-1])
+        scales = [None] * -(-len(self.packed) // n) if self.scale is None else self.scale.split(n)
         widen = widened if self.scale is not None and x.device.type == "cpu" else unpack
-        pieces = zip(self.packed.split(rows), scales, strict=True)
+        pieces = zip(self.packed.split(n), scales, strict=True)
         given = x.to(dtype)
         outs = [F.linear(given, widen(*piece, dtype)) for piece in pieces]
-        out = torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+        return torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
 
 
 class PackedEmbedding(Packed):
