@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
-from mptbook.infer.running import Running, longest, place, read_together
+from mptbook.infer.running import Running, place, read_together, take_over
 from mptbook.infer.sampling import likeliest, sample
 from mptbook.infer.slots import Slots
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -37,6 +37,9 @@ class Engine:
         queue: requests that may wait for a slot.
         observe: called with a name and seconds: time_to_first_token, inter_token_latency and
             e2e_request_latency.
+
+    Attributes:
+        said: called by its thread after it told listeners what there was, perhaps nothing.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Engine:
     ) -> None:
         self.slots, self.tokenizer = slots, tokenizer
         self.chunk_tokens, self.queue, self.observe = chunk_tokens, queue, observe
+        self.said: Callable[[], None] = lambda: None
         self.counts = Counts()
         self.waiting: deque[tuple[Stream, float]] = deque()
         self.reading: deque[Running] = deque()
@@ -96,6 +100,7 @@ class Engine:
         self._admit()
         if self.reading:
             self._read_chunk()
+            self.said()
         elif not self.writing:
             return False
         self._write_tokens([*self.writing])
@@ -119,7 +124,9 @@ class Engine:
 
     def _work(self) -> None:
         while True:
-            if self.step():
+            worked = self.step()
+            self.said()
+            if worked:
                 continue
             with self._changed:
                 if self._stopping and not self.waiting:
@@ -169,7 +176,7 @@ class Engine:
         return Running.begin(stream, slot, read, born, self.tokenizer)
 
     def _read_chunk(self) -> None:
-        self._take_over(self.reading[0])
+        self.counts.reused_tokens += take_over(self.reading[0], self.slots, self.kept)
         rows = read_together(self.reading, self.chunk_tokens)
         one = rows[0]
         try:
@@ -213,16 +220,6 @@ class Engine:
         one.read += len(chunk)
         self.kept[one.slot] += chunk
         return logits[None]
-
-    def _take_over(self, one: Running) -> None:
-        """Copy the beginning of a prompt from a slot that has read it since this was admitted."""
-        source, read = longest(one.stream.request, self.kept)
-        new = read - one.read
-        if new > 0:
-            self.slots.copy(source, one.slot, read)
-            one.read, self.kept[one.slot] = read, list(one.prompt[:read])
-            self.counts.reused_tokens += new
-            one.stream.prompt_tokens_reused += new
 
     def _write_tokens(self, rows: list[Running]) -> None:
         if not rows:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mptbook.infer.request import Piece, Request, Stream, Token
+from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -85,6 +86,22 @@ def place(
         return slot, slot, common[slot]
     # The beginning of one that is being written.
     return min(free, key=lambda slot: used[slot]), source, n
+
+
+def take_over(one: Running, slots: Slots, kept: list[list[int]]) -> int:
+    """Copy the beginning of a prompt from a slot that has read it since this was admitted.
+
+    Returns:
+        How many tokens need not be read for it.
+    """
+    source, read = longest(one.stream.request, kept)
+    new = read - one.read
+    if new <= 0:
+        return 0
+    slots.copy(source, one.slot, read)
+    one.read, kept[one.slot] = read, list(one.prompt[:read])
+    one.stream.prompt_tokens_reused += new
+    return new
 
 
 def read_together(reading: deque[Running], room: int) -> list[Running]:

@@ -19,7 +19,7 @@ async def answer(served: Served, asked: ChatRequest, http: Request) -> ChatCompl
         Refused: if it is not answered.
     """
     requests = await served.chat(asked)
-    writing = Writing(served.engine, requests, served.limits.seconds)
+    writing = Writing(served.engine, served.post, requests, served.limits.seconds)
     if asked.stream:
         return Events(writing, _pieces(served, asked, writing))
     return await whole(writing, http.receive, _whole(served, asked, writing))

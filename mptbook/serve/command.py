@@ -120,11 +120,11 @@ class Serve(RunSettings):
             )
         n_tokens = self.tokens or min(config.max_seq_len, MOST_TOKENS)
         slots = Slots(model, self.slots, n_tokens, self.cache_dtype)
-        # Compiles what one and several rows take, so that the first requests need not wait for it.
-        for n in (1, min(2, self.slots)):
-            slots.decode(range(n), [tokenizer.end_of_text] * n)
-        for slot in range(n):
-            slots.crop(slot, 0)
+        # Compiles what writing and reading take, so that the first requests need not wait for it.
+        slots.decode([0], [tokenizer.end_of_text])
+        slots.crop(0, 0)
+        slots.read(0, [tokenizer.end_of_text] * min(2, n_tokens))
+        slots.crop(0, 0)
         return slots
 
 

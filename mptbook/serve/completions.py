@@ -21,7 +21,7 @@ async def complete(
         Refused: if it is not answered.
     """
     requests = await served.completions(asked)
-    writing = Writing(served.engine, requests, served.limits.seconds)
+    writing = Writing(served.engine, served.post, requests, served.limits.seconds)
     if asked.stream:
         return Events(writing, _pieces(served, asked, writing))
     return await whole(writing, http.receive, _whole(served, asked, writing))

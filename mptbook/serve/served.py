@@ -14,6 +14,7 @@ from mptbook.serve.limits import Limits
 from mptbook.serve.replies import ModelCard
 from mptbook.serve.requests import ChatRequest, CompletionRequest
 from mptbook.serve.words import Words
+from mptbook.serve.writing import Post
 from mptbook.tokenizer.chat import ChatTemplate, check_marks, encode_prompt, stop_ids
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.words = Words(self.tokenizer)
+        self.post = Post(self.engine)
 
     @property
     def card(self) -> ModelCard:

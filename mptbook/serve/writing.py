@@ -1,6 +1,7 @@
 """Choices that are being written, from the engine's thread to the server's loop."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,34 @@ DONE = b"data: [DONE]\n\n"
 SECONDS_TO_RETRY = "2"
 
 
+class Post:
+    """Pieces on their way from an engine's thread to the loop of its server.
+
+    The loop is woken once for all that a step says. Woken for each token, it would take the
+    interpreter from the engine, and a core from the next step, as often as there are requests.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._pieces: deque[tuple[asyncio.Queue, tuple[int, Piece | Unanswered]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        engine.said = self._deliver
+
+    def listener(self, queue: asyncio.Queue, number: int) -> Callable[[Piece | Unanswered], None]:
+        """What the engine tells the pieces of a choice, which come into a queue of this loop."""
+        self._loop = asyncio.get_running_loop()
+        return lambda piece: self._pieces.append((queue, (number, piece)))
+
+    def _deliver(self) -> None:
+        if self._pieces:
+            with suppress(RuntimeError):  # the loop has ended, and who waited in it
+                self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._pieces:
+            queue, piece = self._pieces.popleft()
+            queue.put_nowait(piece)
+
+
 class Writing:
     """All choices of one HTTP request.
 
@@ -31,17 +60,21 @@ class Writing:
         Refused: 400 if one of them does not fit; 429 if too many wait.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], seconds: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._seconds, self._deadline = seconds, self._loop.time() + seconds
-        self._pieces: asyncio.Queue[tuple[int, Piece | Unanswered]] = asyncio.Queue()
+    def __init__(
+        self, engine: Engine, post: Post, requests: Sequence[Request], seconds: float
+    ) -> None:
+        self._pieces: asyncio.Queue[tuple[int, Piece | Unanswered | Refused]] = asyncio.Queue()
         self._open = len(requests)
         self.requests = requests
         self.streams: list[Stream] = []
         self.written = 0  # tokens, without those of prompts
+        late = Refused(503, f"it took longer than {seconds:g} s; ask for less")
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(seconds, self._pieces.put_nowait, (0, late))
         try:
             for number, request in enumerate(requests):
-                self.streams.append(engine.submit(request, self._listener(number)))
+                listener = post.listener(self._pieces, number)
+                self.streams.append(engine.submit(request, listener))
         except ValueError as error:
             self.close()
             raise Refused(400, str(error)) from None
@@ -51,13 +84,16 @@ class Writing:
 
     def close(self) -> None:
         """Have what is not finished given up; may be repeated."""
+        self._timer.cancel()
         for stream in self.streams:
             stream.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         skip = [len(one.prompt) if one.echo else 0 for one in self.requests]
         while self._open:
-            number, piece = await self._next()
+            number, piece = await self._pieces.get()
+            if isinstance(piece, Refused):
+                raise piece
             if isinstance(piece, Unanswered):
                 raise Refused(500, "the model failed, as the log of the server describes")
             if piece.finish == "cancelled":
@@ -82,20 +118,6 @@ class Writing:
             total_tokens=read + self.written,
             prompt_tokens_details=PromptDetails(cached_tokens=reused),
         )
-
-    def _listener(self, number: int) -> Callable[[Piece | Unanswered], None]:
-        def tell(piece: Piece | Unanswered) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and who waited in it
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (number, piece))
-
-        return tell
-
-    async def _next(self) -> tuple[int, Piece | Unanswered]:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await self._pieces.get()
-        except TimeoutError:
-            raise Refused(503, f"it took longer than {self._seconds:g} s; ask for less") from None
 
 
 class Events(StreamingResponse):

@@ -97,6 +97,18 @@ def test_a_step_reads_one_chunk_and_writes_one_token_for_each():
     assert finished(long)[1] == alone(tuple(range(20)), 2)
 
 
+def test_a_first_token_is_said_before_the_others_get_their_next():
+    ours, told, said = engine(3), [], []
+    ours.said = lambda: said.append([name for name, _ in told])
+    ours.submit(Request((1, 2), 9), lambda piece: told.append(("first", piece)))
+    ours.step()
+    ours.submit(Request((3, 4), 9), lambda piece: told.append(("second", piece)))
+    told.clear(), said.clear()
+    ours.step()
+    assert said == [["second"]]
+    assert [name for name, _ in told] == ["second", "first", "second"]
+
+
 def test_prompts_take_turns():
     ours = engine(2, chunk_tokens=2)
     for first in (1, 2):

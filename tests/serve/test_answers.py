@@ -331,7 +331,7 @@ def test_a_client_that_left_before_the_first_event_is_not_written_for(serving):
     with serving() as running:
 
         async def leave():
-            writing = Writing(running.served.engine, [Request((5,), 90)], 9)
+            writing = Writing(running.served.engine, running.served.post, [Request((5,), 90)], 9)
 
             async def receive():
                 return {"type": "http.disconnect"}
