@@ -50,15 +50,16 @@ def write_random(config: MPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """A model directory of random bfloat16 weights, in which every answer is as long as it may be.
 
     The model chooses no token that ends a text, or that is no text of its own: their rows of the
-    head are zero, and among thousands of random logits the largest is above that. So each token
-    is an event of a stream.
+    head are a thousandth of what they were, and so are their logits. So each token is an event of
+    a stream. (Rows of zeros are embeddings, too: a prompt of such tokens would make all logits
+    equal.)
     """
     torch.manual_seed(0)
     model = MPT(config)
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     silent = [token for token, text in enumerate(texts) if not text or HALF in text]
     with torch.no_grad():
-        model.head[[tokenizer.end_of_text, *silent]] = 0
+        model.head[[tokenizer.end_of_text, *silent]] *= 1e-3
     save_model(model.bfloat16(), folder, tokenizer)
 
 

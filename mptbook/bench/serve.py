@@ -4,6 +4,9 @@ The server is `mptbook serve` in a process of its own, with random weights on di
 is its only client, by plain HTTP, and says how much of a core it takes for that. A round asks in
 three ways, with prompts that no one has read before: one by one; all at once; and one by one
 while all other slots are being written, which is how a newcomer finds a busy server.
+
+Between two rounds, how fast memory is read and products of many rows are computed. From that
+follows what a server of 16 bits could gain at most by answering all at once.
 """
 
 import statistics
@@ -16,12 +19,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field, PositiveInt
 
 from mptbook.bench.clients import ask, new_prompts, serving, write_random, written
 from mptbook.bench.measure import Bench, noise, rotated
+from mptbook.bench.workers import Worker
+from mptbook.bench.writers import memory, products
 from mptbook.infer.quantize import Bits
 from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -51,11 +58,15 @@ class BenchServe(Bench):
                 f"{self.requests} requests at once, but {self.slots} slots; give one to each"
             )
         tokenizer = Tokenizer.load(self.tokenizer)
+        config = MPTConfig.named(self.model)
         rounds = {bits: {n: [] for n in self.prompt_tokens} for bits in self.bits}
+        machine: dict[str, list[float]] = {"bytes_per_second": [], "products_per_second": []}
         with TemporaryDirectory() as scratch, ExitStack() as stack:
             folder = Path(scratch, "random")
-            write_random(MPTConfig.named(self.model), tokenizer, folder)
+            write_random(config, tokenizer, folder)
             ports = {bits: stack.enter_context(self._serving(folder, bits)) for bits in self.bits}
+            makers = zip(machine, (memory, products), strict=True)
+            speeds = {name: stack.enter_context(Worker(name, make, "")) for name, make in makers}
             new_prompt = new_prompts(len(tokenizer))
             for turn in range(1 + self.repeats):  # the first warms up
                 for bits in rotated(self.bits, turn):
@@ -64,16 +75,29 @@ class BenchServe(Bench):
                         found = self._round(ports[bits], some)
                         if turn:
                             rounds[bits][n].append(found)
+                for name, speed in speeds.items():
+                    machine[name].append(speed.ask())
                 print(f"round {turn} of {self.repeats}", file=sys.stderr)
         found = {
             f"{bits} bits": {str(n): summary(each) for n, each in by_prompt.items()}
             for bits, by_prompt in rounds.items()
         }
+        of_machine = {name: statistics.median(each) for name, each in machine.items()}
+        for n, each in found.get("16 bits", {}).items():
+            each["most_ratio"] = most_ratio(
+                config, self.requests, int(n), self.new_tokens, **of_machine
+            )
         show(found)
+        print(
+            "memory at {:.0f} GB/s, {:.0f} G products/s".format(
+                *(each / 1e9 for each in of_machine.values())
+            )
+        )
         if self.figure is not None:
             plot(found).savefig(self.figure)
         return {
             "settings": self.model_dump(mode="json", exclude={"out", "figure"}),
+            **of_machine,
             "servers": found,
         }
 
@@ -103,6 +127,34 @@ class BenchServe(Bench):
             found[f"{name}_worst"] = max(one.first for one in answers)
             found[f"{name}_between"] = statistics.median(one.between for one in answers)
         return found
+
+
+def most_ratio(
+    config: MPTConfig,
+    requests: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    bytes_per_second: float,
+    products_per_second: float,
+) -> float:
+    """How many times the tokens a second of one by one all at once could be at most, in 16 bits.
+
+    A pass takes as long as its weights come out of memory, or as its products are computed,
+    whatever is longer; nothing else takes time. A product is a multiplication and an addition.
+    """
+    with torch.device("meta"):
+        model = MPT(config)
+    layers = sum(each.numel() for each in model.transformer.blocks.parameters() if each.ndim == 2)
+    head = model.head.numel()
+
+    def seconds(rows: int, texts: int) -> float:
+        reading = 2 * (layers + head) / bytes_per_second
+        return max(reading, (rows * layers + texts * head) / products_per_second)
+
+    alone, at_once = (
+        seconds(n * prompt_tokens, n) + (new_tokens - 1) * seconds(n, n) for n in (1, requests)
+    )
+    return requests * alone / at_once
 
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, float | None]:
@@ -141,6 +193,8 @@ def show(found: dict) -> None:
             of = "speed", "", "first", "worst", "joining", "between"
             cells = (f"{each[f'{name}_ratio']:.1f} x" if name else "" for name in of)
             print(f"{'':30}" + "".join(f"{cell:>12}" for cell in cells))
+            if "most_ratio" in each:
+                print(f"{'':30}{each['most_ratio']:10.1f} x if nothing were lost")
     most = max(each["client"] for by_prompt in found.values() for each in by_prompt.values())
     print(f"the client took {most:.0%} of a core at most")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mptbook.bench.clients import write_random
 from mptbook.bench.measure import process_bytes
@@ -22,6 +23,7 @@ from mptbook.infer.quantize import Bits
 from mptbook.infer.request import Request
 from mptbook.infer.slots import CHUNK, Slots
 from mptbook.model.config import MPTConfig
+from mptbook.model.precision import has_bf16
 from mptbook.tokenizer.bpe import train_bpe
 
 Seconds = Callable[..., float]
@@ -55,6 +57,25 @@ def memory(_: str) -> Callable[[], float]:
         return READ_BYTES / min(taken)
 
     return fastest
+
+
+def products(_: str) -> Callable[[], float]:
+    """Answers with the products per second of a layer that many rows pass, at best.
+
+    In bfloat16 where the processor has units for it, else in float32; by PyTorch.
+    """
+    dtype = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+    x, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+
+    def most() -> float:
+        taken = []
+        for _ in range(9):
+            start = time.perf_counter()
+            F.linear(x, weight)
+            taken.append(time.perf_counter() - start)
+        return len(x) * weight.numel() / min(taken)
+
+    return most
 
 
 def ours(config: MPTConfig, bits: Bits) -> Callable[..., float | dict]:

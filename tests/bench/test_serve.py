@@ -4,7 +4,7 @@ import pytest
 
 from mptbook.__main__ import main
 from mptbook.bench.clients import ask, new_prompts, serving, write_random, written
-from mptbook.bench.serve import plot, summary
+from mptbook.bench.serve import most_ratio, plot, summary
 from mptbook.model.config import MPTConfig
 from mptbook.tokenizer.bpe import train_bpe
 
@@ -72,15 +72,32 @@ def test_ratios_are_taken_within_a_round():
     assert found["at_once_speed"] == 16.5
 
 
+def test_what_could_be_gained_at_most_is_what_memory_and_products_leave():
+    config = MPTConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=16)  # layers 768, head 128
+    never, at_once = 1e30, 1e30
+    # Nothing but memory, which reads for all at the same time; and nothing but products.
+    assert most_ratio(config, 8, 5, 9, 1.0, never) == pytest.approx(8)
+    assert most_ratio(config, 8, 5, 9, at_once, 1.0) == pytest.approx(1)
+    # Reading 5 tokens takes 5 * 768 + 128 products, a second each, or 2 * 896 bytes; a token of
+    # one takes the bytes, and one of each of 8 the products.
+    alone = 5 * 768 + 128 + 3 * 2 * 896
+    expected = 8 * alone / (8 * (5 * 768 + 128) + 3 * 8 * 896)
+    assert most_ratio(config, 8, 5, 4, 1.0, 1.0) == pytest.approx(expected)
+
+
 def test_the_command_measures_draws_and_writes(tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(MPTConfig, "named", staticmethod(lambda name: MPTConfig(**TINY)))
     tokenizer.save(tmp_path / "tokenizer.json")
     out, figure = tmp_path / "found.json", tmp_path / "found.svg"
-    how = ["--bits", "[8]", "--repeats", "2", "--new-tokens", "12", "--prompt-tokens", "[4, 9]"]
+    how = ["--bits", "[16, 8]", "--repeats", "2", "--new-tokens", "12", "--prompt-tokens", "[4, 9]"]
     how += ["--requests", "3", "--slots", "3", "--tokenizer", str(tmp_path / "tokenizer.json")]
     assert main(["bench", "serve", *how, "--out", str(out), "--figure", str(figure)]) == 0
-    found = json.loads(out.read_text())["servers"]
-    assert list(found) == ["8 bits"]
+    record = json.loads(out.read_text())
+    assert record["bytes_per_second"] > 1e8
+    assert record["products_per_second"] > 1e8
+    found = record["servers"]
+    assert list(found) == ["16 bits", "8 bits"]
+    assert 1 <= found["16 bits"]["4"]["most_ratio"] <= 3
     assert list(found["8 bits"]) == ["4", "9"]
     for each in found["8 bits"].values():
         # A token takes its time between two, and the first token longer.
@@ -89,9 +106,11 @@ def test_the_command_measures_draws_and_writes(tmp_path, tokenizer, monkeypatch,
         assert each["joining_first"] <= each["joining_worst"]
         assert 0 < each["client"] < 1
         assert each["speed_ratio"] > 0
-    assert "8 bits, prompts of 4, at once" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "8 bits, prompts of 4, at once" in shown
+    assert shown.count("x if nothing were lost") == 2  # of the two prompts, in 16 bits
     assert figure.read_text().startswith("<?xml")
-    assert [len(axes.patches) for axes in plot(found).axes] == [4, 6]
+    assert [len(axes.patches) for axes in plot(found).axes] == [8, 12]
 
 
 def test_more_requests_than_slots_are_refused(capsys):
