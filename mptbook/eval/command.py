@@ -23,6 +23,7 @@ from mptbook.eval.score import BATCH_TOKENS
 from mptbook.eval.suite import Suite, categories, load_suite, run_task
 from mptbook.eval.tasks import Task, pose
 from mptbook.fsdp import Sharding, load_sharded
+from mptbook.infer.load import is_packed_directory, load
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision
 from mptbook.settings import RunSettings
@@ -73,7 +74,10 @@ class Evaluate(RunSettings):
     def _run_texts(self) -> None:
         device = world.device(self.device)
         with world.joined(device, self.patience):
-            model = load_sharded(self.model, self.fsdp, device)
+            if world.size() == 1 and is_packed_directory(self.model):
+                model = load(self.model, device=device)
+            else:
+                model = load_sharded(self.model, self.fsdp, device)
             self._evaluate(model, Tokenizer.load(find_directory(self.model)))
 
     def _evaluate(self, model: MPT, tokenizer: Tokenizer) -> None:
@@ -81,8 +85,8 @@ class Evaluate(RunSettings):
 
         total = Prediction(0.0, 0, 0)
         for name, source in (self.source or dict.fromkeys(default_domains())).items():
-            load = partial(load_domain, name, "heldout", source)
-            texts = world.from_first(lambda load=load: load()["text"][:])
+            domain = partial(load_domain, name, "heldout", source)
+            texts = world.from_first(lambda domain=domain: domain()["text"][:])
             found = perplexity(model, tokenizer, texts, precision=self.precision)
             total += found
             if world.rank() == 0:

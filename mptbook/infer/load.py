@@ -93,6 +93,11 @@ def load(
     return _ready(model, device)
 
 
+def is_packed_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether a model directory, or a run, holds packed weights; for paths as of `load`."""
+    return "quantization_config" in read_json(find_directory(path) / "config.json")
+
+
 def save_packed(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -1,10 +1,15 @@
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mptbook.__main__ import main
+from mptbook.directory import save_model
 from mptbook.eval.perplexity import Prediction, bits_per_byte, perplexity
+from mptbook.infer.load import save_packed
+from mptbook.infer.quantize import is_packed, pack, unpack
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
@@ -68,3 +73,30 @@ def test_one_bit_for_each_byte():
 def test_no_text_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="there is no text"):
         perplexity(model, tokenizer, ["", ""])
+
+
+def test_a_directory_of_packed_weights_has_the_bits_per_byte_of_its_weights(
+    tokenizer, tmp_path, capsys
+):
+    torch.manual_seed(1)
+    exact = MPT(MPTConfig(d_model=64, n_heads=2, n_layers=2, max_seq_len=19, vocab_size=300))
+    with torch.no_grad():
+        exact.transformer.wte.weight.mul_(20)  # so that rounding shows in the third digit
+    save_model(exact, tmp_path / "exact", tokenizer)
+    save_packed(tmp_path / "exact", tmp_path / "packed", 4)
+    with torch.no_grad():
+        for name, weight in exact.named_parameters():
+            if is_packed(name):
+                weight.copy_(unpack(*pack(weight, 4)))
+    save_model(exact, tmp_path / "rounded", tokenizer)
+    rows = [json.dumps({"text": f"{n} cats sat on the mat"}) for n in range(300)]
+    (tmp_path / "cats.jsonl").write_text("\n".join(rows))
+    found = {}
+    for name in ("exact", "packed", "rounded"):
+        words = ["--source", f"cats={tmp_path / 'cats.jsonl'}", "--precision", "fp32"]
+        assert main(["evaluate", str(tmp_path / name), *words]) == 0
+        found[name] = float(capsys.readouterr().out.splitlines()[-1].split()[1])
+    assert (
+        abs(found["packed"] - found["rounded"]) <= 0.0021
+    )  # inputs are rounded, and what is shown
+    assert abs(found["packed"] - found["exact"]) > 0.01
