@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field, PositiveInt
 
 from mptbook.bench.clients import ask, new_prompts, serving, write_random, written
@@ -28,7 +27,7 @@ from mptbook.bench.workers import Worker
 from mptbook.bench.writers import memory, products
 from mptbook.infer.quantize import Bits
 from mptbook.model.config import MPTConfig
-from mptbook.model.mpt import MPT
+from mptbook.plan.costs import parameters
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -142,10 +141,8 @@ def most_ratio(
     A pass takes as long as its weights come out of memory, or as its products are computed,
     whatever is longer; nothing else takes time. A product is a multiplication and an addition.
     """
-    with torch.device("meta"):
-        model = MPT(config)
-    layers = sum(each.numel() for each in model.transformer.blocks.parameters() if each.ndim == 2)
-    head = model.head.numel()
+    parts = parameters(config)
+    layers, head = parts["attention"] + parts["mlp"], config.vocab_size * config.d_model
 
     def seconds(rows: int, texts: int) -> float:
         reading = 2 * (layers + head) / bytes_per_second

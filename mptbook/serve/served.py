@@ -40,7 +40,8 @@ class Served:
 
     def __post_init__(self) -> None:
         self.words = Words(self.tokenizer)
-        self.post = Post(self.engine)
+        self.post = Post()
+        self.engine.said = self.post.deliver
 
     @property
     def card(self) -> ModelCard:

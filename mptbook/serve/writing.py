@@ -25,17 +25,17 @@ class Post:
     interpreter from the engine, and a core from the next step, as often as there are requests.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self._pieces: deque[tuple[asyncio.Queue, tuple[int, Piece | Unanswered]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
-        engine.said = self._deliver
 
     def listener(self, queue: asyncio.Queue, number: int) -> Callable[[Piece | Unanswered], None]:
         """What the engine tells the pieces of a choice, which come into a queue of this loop."""
         self._loop = asyncio.get_running_loop()
         return lambda piece: self._pieces.append((queue, (number, piece)))
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """What the engine calls when it has told listeners something."""
         if self._pieces:
             with suppress(RuntimeError):  # the loop has ended, and who waited in it
                 self._loop.call_soon_threadsafe(self._hand_out)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -74,10 +75,9 @@ def test_ratios_are_taken_within_a_round():
 
 def test_what_could_be_gained_at_most_is_what_memory_and_products_leave():
     config = MPTConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=16)  # layers 768, head 128
-    never, at_once = 1e30, 1e30
     # Nothing but memory, which reads for all at the same time; and nothing but products.
-    assert most_ratio(config, 8, 5, 9, 1.0, never) == pytest.approx(8)
-    assert most_ratio(config, 8, 5, 9, at_once, 1.0) == pytest.approx(1)
+    assert most_ratio(config, 8, 5, 9, 1.0, math.inf) == pytest.approx(8)
+    assert most_ratio(config, 8, 5, 9, math.inf, 1.0) == pytest.approx(1)
     # Reading 5 tokens takes 5 * 768 + 128 products, a second each, or 2 * 896 bytes; a token of
     # one takes the bytes, and one of each of 8 the products.
     alone = 5 * 768 + 128 + 3 * 2 * 896
