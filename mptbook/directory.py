@@ -155,8 +155,8 @@ def read_config(folder: Path) -> MPTConfig:
     released = read_json(file)
     if "quantization_config" in released:
         raise ValueError(
-            f"{folder} has weights packed in fewer bits, which generate, ask and serve read "
-            "(mptbook.infer.load); for anything else take the model that it was made of"
+            f"{folder} has weights packed in fewer bits, which generate, ask, serve and evaluate "
+            "read (mptbook.infer.load); for anything else take the model that it was made of"
         )
     try:
         return MPTConfig.from_hf(released)

@@ -34,8 +34,8 @@ class Export(RunSettings):
         description="a model directory, a run, or a name on the hub"
     )
     to: Target = Field(
-        description="int8 or int4: packed weights, for generate, ask and serve. hf: for "
-        "transformers' own MPT; vllm: for vLLM up to 0.28; onnx: for onnxruntime; gguf: for "
+        description="int8 or int4: packed weights, for generate, ask, serve and evaluate. hf: "
+        "for transformers' own MPT; vllm: for vLLM up to 0.28; onnx: for onnxruntime; gguf: for "
         "llama.cpp; ctranslate2; fastertransformer"
     )
     out: Path = Field(description="the new directory")

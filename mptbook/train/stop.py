@@ -12,12 +12,16 @@ from mptbook.settings import Ended
 
 @dataclass
 class Stop:
-    by: signal.Signals | None = None  # the one that came
+    came: signal.Signals | None = None  # to this process
+    by: signal.Signals | None = None  # the one that all processes know of
 
     def agree(self) -> None:
-        """Hear of signals that came to other processes, so that all end after the same step."""
-        came = self.by == signal.SIGINT, self.by == signal.SIGTERM
-        interrupted, terminated = world.total(came)
+        """Hear of signals that came to any process, so that all end after the same step.
+
+        One that comes later waits for the next call, or a process would leave the others alone.
+        """
+        came = self.came
+        interrupted, terminated = world.total((came == signal.SIGINT, came == signal.SIGTERM))
         if interrupted or terminated:
             self.by = signal.SIGTERM if terminated else signal.SIGINT
 
@@ -30,7 +34,8 @@ class Stopped(Ended):
 
 @contextmanager
 def stop_after_step() -> Iterator[Stop]:
-    """Notes the first Ctrl-C or SIGTERM; a second one ends the process as usual.
+    """Notes Ctrl-C and SIGTERM. A second Ctrl-C ends the process as usual; a second SIGTERM means
+    the first: schedulers send it to a launcher and to its processes, and the launcher passes it on.
 
     Signals reach the main thread only: in another one nothing is ever noted.
     """
@@ -40,16 +45,13 @@ def stop_after_step() -> Iterator[Stop]:
         return
 
     def note(number, frame):
-        stop.by = signal.Signals(number)
-        restore()
-
-    def restore():
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        stop.came = signal.Signals(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     signals = signal.SIGINT, signal.SIGTERM
     previous = {number: signal.signal(number, note) for number in signals}
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
