@@ -11,6 +11,7 @@ from numba.core.registry import cpu_target
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # numbers of 32 bits in a register
 PAIRS = 2 * LANES  # numbers of 16 bits
+REGISTER = 4 * LANES  # bytes
 I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 
 

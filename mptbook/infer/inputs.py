@@ -15,24 +15,21 @@ from numba import float32, int16, int32, njit
 
 from mptbook.infer.compiled import EXACT, GROUP, INLINE
 from mptbook.infer.emit import LANES, PAIRS
-from mptbook.infer.vectors import BYTES, HALF
+from mptbook.infer.vectors import BYTES, HALF, copy
 
 
 @njit(**INLINE)
 def together(x, size):
     """(R * D,) of the (R, D) numbers: rows that are multiplied together in turn, `size` numbers of
-    each. Of inputs at the end that do not fill so many nothing is copied."""
+    each, a register. Of inputs at the end that do not fill so many nothing is copied."""
     n_rows, width = x.shape
     flat = np.empty(x.size, x.dtype)
-    r = 0
-    while r < n_rows:
+    for r in range(0, n_rows, 4):
         n = min(4, n_rows - r)
-        for start in range(0, width - size + 1, size):
-            for k in range(n):
-                at = r * width + n * start + k * size
-                for lane in range(size):
-                    flat[at + lane] = x[r + k, start + lane]
-        r += n
+        for k in range(n):
+            at = r * width + k * size
+            for start in range(0, width - size + 1, size):
+                copy(x, r + k, start, flat, at + n * start)
     return flat
 
 

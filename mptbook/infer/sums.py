@@ -20,6 +20,7 @@ from mptbook.infer.emit import (
     I64,
     LANES,
     PAIRS,
+    REGISTER,
     add_floats,
     add_neighbours,
     add_whole,
@@ -32,8 +33,6 @@ from mptbook.infer.emit import (
     vector_of,
 )
 from mptbook.infer.vectors import BYTES, FLOATS, WHOLE
-
-REGISTER = 4 * LANES  # bytes
 
 
 @intrinsic(prefer_literal=True)

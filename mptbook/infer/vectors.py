@@ -23,7 +23,9 @@ from mptbook.infer.emit import (
     I64,
     LANES,
     PAIRS,
+    REGISTER,
     address,
+    address_of,
     addresses,
     constant,
     number_at,
@@ -95,6 +97,24 @@ def gather(typing, array, rows, column):
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(types.float32, rows.count)(array, rows, column), emit
+
+
+@intrinsic
+def copy(typing, array, row, column, target, at):
+    """Copy a register of numbers, from array[row, column] on, to target[at] and after it.
+
+    A loop over so few numbers would take ten times as long as the copy (measured).
+    """
+
+    def emit(context, builder, signature, args):
+        kinds = signature.args
+        source = address_of(context, builder, signature, args, 0, args[1:3], kinds[1:3])
+        place = address_of(context, builder, signature, args, 3, args[4:], kinds[4:])
+        found = vector_at(builder, source, I8, REGISTER)
+        builder.store(found, builder.inttoptr(place, found.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, row, column, target, at), emit
 
 
 @intrinsic
