@@ -31,6 +31,7 @@ from mptbook.infer.kernels import multiply, product
 from mptbook.infer.linear import Linear, floats, linear_of
 from mptbook.infer.places import layer_at, places_of
 from mptbook.infer.quantize import PackedEmbedding, PackedLinear
+from mptbook.infer.vectors import LINE, ask
 from mptbook.model.mpt import MPT
 from mptbook.model.norms import Norm as NormModule
 
@@ -217,6 +218,13 @@ def step(slots, lengths, ids, weights, cache, slopes, shape):
 @njit(**COMPILED)
 def append(qkv, cache, layer, slots, lengths, shape):
     """Write the keys and values of the new tokens into the cache."""
+    # Each place lies apart, and a processor waits for one after the other where it writes.
+    for r in range(len(slots)):
+        for head in range(shape.kv_heads):
+            for d in range(0, shape.width, LINE // cache.keys.itemsize):
+                at = layer, slots[r], head, lengths[r], d
+                ask(cache.keys, at)
+                ask(cache.values, at)
     first = shape.n_heads * shape.width
     for r in range(len(slots)):
         for head in range(shape.kv_heads):

@@ -33,6 +33,7 @@ from mptbook.infer.emit import (
     vector_of,
 )
 
+LINE = 64  # bytes that memory serves at a time
 AHEAD = 2048  # bytes between what is multiplied and what memory is asked for
 HALF = 32  # bytes of a group of 64 weights of 4 bits
 BYTES = HALF // PAIRS  # of such a group that go into a lane of 16 bits
@@ -118,23 +119,37 @@ def copy(typing, array, row, column, target, at):
 
 
 @intrinsic
+def ask(typing, array, at):
+    """Ask memory for array[at] and its neighbours, `LINE` bytes, which goes on while we compute."""
+
+    def emit(context, builder, signature, args):
+        return _ask(context, builder, address(context, builder, signature, args, 0))
+
+    return types.void(array, at), emit
+
+
+@intrinsic
 def ask_ahead(typing, array, at):
-    """Ask memory for what is `AHEAD` bytes after array[at], which goes on while we multiply.
+    """Ask memory for what is `AHEAD` bytes after array[at].
 
     The processor foresees by itself what a loop will read, but not while the loop goes over the
     same weights again for further rows; memory would stand still.
     """
 
     def emit(context, builder, signature, args):
-        place = builder.add(address(context, builder, signature, args, 0), I64(AHEAD))
-        pointer = I8.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # To read, to keep as near as can be, as data.
-        builder.call(prefetch, [builder.inttoptr(place, pointer), I32(0), I32(3), I32(1)])
-        return context.get_dummy_value()
+        place = address(context, builder, signature, args, 0)
+        return _ask(context, builder, builder.add(place, I64(AHEAD)))
 
     return types.void(array, at), emit
+
+
+def _ask(context, builder, place):
+    pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To read, to keep as near as can be, as data.
+    builder.call(prefetch, [builder.inttoptr(place, pointer), I32(0), I32(3), I32(1)])
+    return context.get_dummy_value()
 
 
 @intrinsic
