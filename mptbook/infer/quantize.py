@@ -155,14 +155,17 @@ class PackedLinear(Packed):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., N), in the dtype of x."""
+        """(..., D) to (..., N), in the dtype of x; under autocast in its dtype, as `nn.Linear`."""
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and not x.requires_grad and len(rows) <= self._most_rows:
+        if device == "cpu" and not x.requires_grad and len(rows) <= self._most_rows:
             found = multiplied(self, rows)
         else:
             found = self._widened_product(rows)
             found = found if self.bias is None else found + self.bias
-        return found.view(*x.shape[:-1], -1).to(x.dtype)
+        return found.view(*x.shape[:-1], -1).to(dtype)
 
     @property
     def _most_rows(self) -> float:

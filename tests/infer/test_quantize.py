@@ -199,6 +199,21 @@ def test_a_packed_layer_is_the_same_function_of_few_rows_and_of_many(bits, units
     assert layer(x[:1].bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "low_precision_layernorm", "rmsnorm"])
+@pytest.mark.parametrize("n_tokens", [3, FEW + 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_packed_model_of_any_norm_reads_under_autocast(bits, n_tokens, norm):
+    torch.manual_seed(5)
+    packed = quantize(MPT(CONFIG.replace(norm_type=norm)).eval(), bits)
+    ids = torch.arange(n_tokens)[None]
+    with torch.no_grad():
+        exact = packed(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = packed(ids)
+    assert found.dtype == torch.bfloat16
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
+
+
 def test_without_units_for_bfloat16_rows_of_8_bits_are_the_same_in_any_company(monkeypatch):
     monkeypatch.setattr(quantize_module, "has_bf16", lambda device: False)
     generator = torch.Generator().manual_seed(0)
