@@ -147,7 +147,8 @@ class PackedLinear(Packed):
 
     On a CPU few rows are multiplied with the packed weights themselves, `mptbook.infer.kernels`.
     For many rows products take longer than weights, and weights are widened first: to bfloat16
-    where the device has units for it, else to float32, which does not pay for 8 bits.
+    where that is asked for and the device has units for it, else to float32, which does not pay
+    for 8 bits.
     """
 
     def __init__(self, packed: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
@@ -159,25 +160,25 @@ class PackedLinear(Packed):
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
+        # Who computes in float32 asks for products as exact as that.
+        in_bf16 = dtype.itemsize == 2 and has_bf16(x.device)
         rows = x.reshape(-1, x.shape[-1])
-        if device == "cpu" and not x.requires_grad and len(rows) <= self._most_rows:
+        if device == "cpu" and not x.requires_grad and len(rows) <= self._most_rows(in_bf16):
             found = multiplied(self, rows)
         else:
-            found = self._widened_product(rows)
+            found = self._widened_product(rows, torch.bfloat16 if in_bf16 else torch.float32)
             found = found if self.bias is None else found + self.bias
         return found.view(*x.shape[:-1], -1).to(dtype)
 
-    @property
-    def _most_rows(self) -> float:
+    def _most_rows(self, in_bf16: bool) -> float:
         """Rows up to which packed weights are multiplied as fast as widened ones, or faster."""
-        if has_bf16(self.packed.device):
+        if in_bf16:
             return FEW
         # Products of whole numbers are faster than those of float32, for any number of rows.
         return math.inf if self.packed.dtype == torch.int8 else SOME
 
-    def _widened_product(self, x: Tensor) -> Tensor:
+    def _widened_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(R, D) to (R, N), without the bias."""
-        dtype = torch.bfloat16 if has_bf16(x.device) else torch.float32
         # Some rows of the weight at a time: widened they never leave the processor's cache.
         n = max(1, WIDE // x.shape[-1])
         scales = [None] * -(-len(self.packed) // n) if self.scale is None else self.scale.split(n)

@@ -99,7 +99,7 @@ def test_a_packed_model_computes_with_its_unpacked_weights(bits, monkeypatch):
     with torch.no_grad():
         expected = rounded(ids)
         with monkeypatch.context() as patch:
-            patch.setattr(PackedLinear, "_most_rows", 0)  # all are widened
+            patch.setattr(PackedLinear, "_most_rows", lambda layer, in_bf16: 0)  # all are widened
             torch.testing.assert_close(packed(ids), expected, rtol=1e-4, atol=1e-4)
         # Loops of our own, with inputs rounded to 16 bits where weights have 8 or 4.
         torch.testing.assert_close(packed(ids), expected, rtol=1e-3, atol=2e-3)
@@ -114,11 +114,11 @@ def test_a_packed_model_computes_with_its_unpacked_weights(bits, monkeypatch):
 
 def test_products_in_bfloat16_are_as_near_as_its_eight_bits(monkeypatch):
     packed, ids = quantize(fresh(), 8), torch.arange(40).view(2, 20)
+    monkeypatch.setattr(quantize_module, "has_bf16", lambda device: True)
     found = []
-    for units in (False, True):
-        monkeypatch.setattr(quantize_module, "has_bf16", lambda device, units=units: units)
-        with torch.no_grad():
-            found.append(packed(ids))
+    for asked in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=asked):
+            found.append(packed(ids).float())
     apart = (found[1] - found[0]).square().mean().sqrt() / found[0].std()
     assert 0 < apart < 0.02  # a step is 2 ** -8, twice rounded in each of nine products
 
@@ -188,15 +188,16 @@ def test_a_packed_layer_is_the_same_function_of_few_rows_and_of_many(bits, units
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(70, 128, generator=generator), torch.randn(70, generator=generator)
     layer = PackedLinear(*pack(weight, bits), bias)
-    x = torch.randn(2, SOME + 1, 128, generator=generator)
-    exact = x.double() @ layer.weight.double().T + bias.double()
-    most = 4e-3 if units else 1e-4  # bfloat16 rounds many rows
-    for rows, expected in ((x[:1, :FEW], exact[:1, :FEW]), (x, exact), (x[0, 3], exact[0, 3])):
-        found = layer(rows)
-        assert (found.shape, found.dtype) == (expected.shape, torch.float32)
-        assert found.is_contiguous()
-        assert (found - expected).norm() < most * expected.norm()
-    assert layer(x[:1].bfloat16()).dtype == torch.bfloat16
+    given = torch.randn(2, SOME + 1, 128, generator=generator)
+    # Who gives float32 gets products as exact as that, whatever units there are.
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3)):
+        x = given.to(dtype)
+        exact = x.double() @ layer.weight.double().T + bias.double()
+        for rows, expected in ((x[:1, :FEW], exact[:1, :FEW]), (x, exact), (x[0, 3], exact[0, 3])):
+            found = layer(rows)
+            assert (found.shape, found.dtype) == (expected.shape, dtype)
+            assert found.is_contiguous()
+            assert (found - expected).norm() < most * expected.norm()
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "low_precision_layernorm", "rmsnorm"])
@@ -244,5 +245,6 @@ def test_no_more_of_a_layer_is_widened_at_once_than_is_said(bits, units, monkeyp
             return found
 
         monkeypatch.setattr(quantize_module, name, noted)
-    PackedLinear(*pack(torch.randn(35, 128), bits), None)(torch.randn(SOME + 1, 128))
+    x = torch.randn(SOME + 1, 128, dtype=torch.bfloat16 if units else torch.float32)
+    PackedLinear(*pack(torch.randn(35, 128), bits), None)(x)
     assert sizes == [1280, 1280, 1280, 640]
