@@ -69,7 +69,7 @@ class BenchGenerate(Bench):
             workers = {
                 name: stack.enter_context(Worker(name, *maker)) for name, maker in makers.items()
             }
-            workers[MEMORY] = stack.enter_context(Worker(MEMORY, memory, ""))
+            reading = stack.enter_context(Worker(MEMORY, memory, ""))
             found = {name: {} for name in makers}
             for name in list(makers)[: len(self.bits)]:
                 found[name] = workers[name].ask()
@@ -78,31 +78,31 @@ class BenchGenerate(Bench):
                     f"{found[name]['seconds']:.0f} s, "
                     f"{found[name]['peak_bytes'] / 1e9:.2f} GB at most"
                 )
-            taken = self._take_turns(workers)
-        read = statistics.median(taken.pop(MEMORY))
+            taken = self._take_turns(workers, reading)
+        read = statistics.median(speed for times in taken.values() for speed in times[MEMORY])
         for name, times in taken.items():
-            found[name] |= self._figures(times, found[name].get("weight_bytes"), read)
+            found[name] |= self._figures(times, found[name].get("weight_bytes"))
         self._show(found, read)
         if self.figure is not None:
             plot(found).savefig(self.figure)
         settings = self.model_dump(mode="json", exclude={"out", "figure"})
         return {"settings": settings, "bytes_per_second": read, "contestants": found}
 
-    def _take_turns(self, workers: dict[str, Worker]) -> dict:
-        """For each contestant, seconds of each question in each round."""
+    def _take_turns(self, workers: dict[str, Worker], reading: Worker) -> dict:
+        """For each contestant, seconds of each question in each round; and the bytes per second
+        that memory gave just before, which are not always as many on a machine that is shared."""
         questions = [(self.long_prompt, 1, 1)]
         questions += [
             (self.prompt_tokens, n, tokens)
             for n in self.sequences
             for tokens in (1, self.new_tokens)
         ]
-        taken = {name: {question: [] for question in questions} for name in workers}
-        taken[MEMORY] = []
+        taken = {name: {question: [] for question in [MEMORY, *questions]} for name in workers}
         for turn in range(1 + self.repeats):  # the first compiles and warms up
             for name in rotated(workers, turn):
-                if name == MEMORY:
-                    taken[MEMORY].append(workers[name].ask())
-                    continue
+                speed = reading.ask()
+                if turn:
+                    taken[name][MEMORY].append(speed)
                 for tokens, n, new in questions:
                     seconds = workers[name].ask(n, tokens, new)
                     if turn:
@@ -110,7 +110,7 @@ class BenchGenerate(Bench):
             print(f"round {turn} of {self.repeats}", file=sys.stderr)
         return taken
 
-    def _figures(self, times: dict, weight_bytes: int | None, read: float) -> dict:
+    def _figures(self, times: dict, weight_bytes: int | None) -> dict:
         """Of one contestant: medians, noise, and the share of what memory allows."""
         prompt = times[self.long_prompt, 1, 1]
         found = {"prompt": {"seconds": statistics.median(prompt), "noise": noise(prompt)}}
@@ -124,7 +124,9 @@ class BenchGenerate(Bench):
             step = statistics.median(steps)
             found[str(n)] = {"seconds": step, "noise": noise(steps), "tokens_per_second": n / step}
             if weight_bytes is not None:
-                found[str(n)]["share_of_memory"] = weight_bytes / read / step
+                rounds = zip(times[MEMORY], steps, strict=True)
+                shares = [weight_bytes / speed / seconds for speed, seconds in rounds]
+                found[str(n)]["share_of_memory"] = statistics.median(shares)
         return found
 
     def _show(self, found: dict, read: float) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from mptbook.__main__ import main
 from mptbook.bench import generate
-from mptbook.bench.generate import PEERS, plot
+from mptbook.bench.generate import MEMORY, PEERS, BenchGenerate, plot
 from mptbook.bench.writers import llama_cpp_mpt, memory, ours, some_prompts
 from mptbook.model.config import MPTConfig
 
@@ -46,6 +46,17 @@ def test_memory_is_read_at_a_speed_that_memory_has():
     assert 1e8 < memory("")() < 1e13
 
 
+def test_the_share_of_memory_is_taken_in_each_round():
+    # Memory slows down after the first round, and the third token is slow: no round has more than
+    # half but the second, though the medians of both would say 2.
+    bench = BenchGenerate(sequences=[1], prompt_tokens=4, new_tokens=3, long_prompt=9)
+    times = {MEMORY: [400, 100, 100], (9, 1, 1): [1, 1, 1], (4, 1, 1): [1, 1, 1]}
+    times[4, 1, 3] = [1.2, 1.2, 1.8]
+    found = bench._figures(times, weight_bytes=20)["1"]
+    assert found["tokens_per_second"] == pytest.approx(10)
+    assert found["share_of_memory"] == pytest.approx(0.5)
+
+
 def test_the_command_measures_draws_and_writes(tmp_path, monkeypatch, capsys):
     sizes = {"d_model": 64, "n_heads": 2, "n_layers": 1, "vocab_size": 200}
     named = staticmethod(lambda name: MPTConfig(**sizes))
@@ -58,8 +69,8 @@ def test_the_command_measures_draws_and_writes(tmp_path, monkeypatch, capsys):
     assert list(found["contestants"]) == ["mptbook, 8 bits", "transformers' MPT, bfloat16"]
     ours_, peer = found["contestants"].values()
     assert {"1", "2", "prompt", "weight_bytes", "peak_bytes", "seconds"} <= set(ours_)
-    bound = ours_["weight_bytes"] / found["bytes_per_second"]
-    assert ours_["1"]["share_of_memory"] == pytest.approx(bound / ours_["1"]["seconds"])
+    assert found["bytes_per_second"] > 1e8
+    assert ours_["1"]["share_of_memory"] > 0
     assert "share_of_memory" not in peer["1"]
     assert "memory is read at" in capsys.readouterr().out
     assert figure.read_text().startswith("<?xml")
