@@ -97,7 +97,8 @@ def test_the_command_measures_draws_and_writes(tmp_path, tokenizer, monkeypatch,
     assert record["products_per_second"] > 1e8
     found = record["servers"]
     assert list(found) == ["16 bits", "8 bits"]
-    assert 1 <= found["16 bits"]["4"]["most_ratio"] <= 3
+    # Three times, but for rounding, where memory is all that both ways wait for.
+    assert 1 <= found["16 bits"]["4"]["most_ratio"] <= 3 * (1 + 1e-12)
     assert list(found["8 bits"]) == ["4", "9"]
     for each in found["8 bits"].values():
         # A token takes its time between two, and the first token longer.
