@@ -151,7 +151,7 @@ def most_ratio(
     alone, at_once = (
         seconds(n * prompt_tokens, n) + (new_tokens - 1) * seconds(n, n) for n in (1, requests)
     )
-    return requests * alone / at_once
+    return requests * (alone / at_once)  # no more than so many times, rounded or not
 
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, float | None]:
