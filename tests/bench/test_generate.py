@@ -39,8 +39,7 @@ def test_as_many_tokens_are_written_as_are_asked_for(bits, monkeypatch):
 
 def test_llama_cpp_writes_as_many_tokens_to_as_many():
     seconds = llama_cpp_mpt(MPTConfig(**TINY | {"vocab_size": 300}), "q4_0")
-    seconds(3, 5, 2)
-    assert min(seconds(3, 5, 40) for _ in range(3)) > min(seconds(3, 5, 1) for _ in range(3)) > 0
+    assert all(seconds(3, 5, n_tokens) > 0 for n_tokens in (1, 40))  # raises if it wrote fewer
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -96,7 +96,6 @@ def test_a_directory_of_packed_weights_has_the_bits_per_byte_of_its_weights(
         words = ["--source", f"cats={tmp_path / 'cats.jsonl'}", "--precision", "fp32"]
         assert main(["evaluate", str(tmp_path / name), *words]) == 0
         found[name] = float(capsys.readouterr().out.splitlines()[-1].split()[1])
-    assert (
-        abs(found["packed"] - found["rounded"]) <= 0.0021
-    )  # inputs are rounded, and what is shown
+    # Inputs are rounded, and so is what is shown.
+    assert abs(found["packed"] - found["rounded"]) <= 0.0021
     assert abs(found["packed"] - found["exact"]) > 0.01
