@@ -114,7 +114,8 @@ class Decoder:
         wpe = linear_of(transformer.wpe) if config.has_positions else NO_TABLE
         self.head = wte if config.tie_word_embeddings else linear_of(model.lm_head)
         of_layers = self.layers[0], places_of(self.layers)
-        self.weights = wte, wpe, *of_layers, _norm(transformer.norm_f), self.head
+        self.norm_f = _norm(transformer.norm_f)
+        self.weights = wte, wpe, *of_layers, self.norm_f, self.head
         self.slopes = model.slopes.numpy()
         self.model = model
         self._made_of = made_of(model)
@@ -135,15 +136,20 @@ class Decoder:
             ids: (R,).
 
         Raises:
-            ValueError: if an id is none of the model's, which no loop would notice.
+            ValueError: see `check`.
         """
-        n_ids = len(self.weights[0].weight)
-        if not 0 <= min(ids) <= max(ids) < n_ids:
-            raise ValueError(f"ids {list(ids)}; the model has those from 0 to {n_ids - 1}")
+        self.check(ids)
         rows = (np.array(each, np.int64) for each in (slots, lengths, ids))
         with pytorchs_threads():
             found = step(*rows, self.weights, cache, self.slopes, self.shape)
         return self._scaled(found)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise a ValueError if an id is none of the model's, which no loop would notice."""
+        n_ids = len(self.weights[0].weight)
+        if not 0 <= min(ids) <= max(ids) < n_ids:
+            wrong = next(each for each in ids if not 0 <= each < n_ids)
+            raise ValueError(f"id {wrong}; the model has those from 0 to {n_ids - 1}")
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -247,17 +253,17 @@ def _store(numbers, kept, scales, at):
 
 def store_floats(numbers, kept, scales, at):
     for d in range(len(numbers)):
-        kept[d] = narrow(numbers[d], kept)
+        kept[d] = narrow(widen(numbers[d]), kept)
 
 
 def store_int8(numbers, kept, scales, at):
     largest = float32(0)
     for d in range(len(numbers)):
-        largest = max(largest, abs(numbers[d]))
+        largest = max(largest, abs(widen(numbers[d])))
     scales[at] = largest / float32(127)
     factor = float32(127) / largest if largest > 0 else float32(0)
     for d in range(len(numbers)):
-        kept[d] = int8(np.rint(numbers[d] * factor))
+        kept[d] = int8(np.rint(widen(numbers[d]) * factor))
 
 
 @njit(**PARALLEL)

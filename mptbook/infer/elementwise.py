@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import float32, int32, njit
 
-from mptbook.infer.compiled import COMPILED
+from mptbook.infer.compiled import COMPILED, narrow, widen
 
 
 class Norm(NamedTuple):
@@ -24,36 +24,38 @@ class Norm(NamedTuple):
 
 @njit(**COMPILED)
 def normalise(norm, eps, rms, x, y):
-    """LayerNorm or RMSNorm of each row of x, (R, D), into y."""
+    """LayerNorm or RMSNorm of each row of x, (R, D), into y; float32 or uint16 (bfloat16) each."""
     width = x.shape[1]
     for r in range(x.shape[0]):
         mean = float32(0)
         if not rms:
             for j in range(width):
-                mean += x[r, j]
+                mean += widen(x[r, j])
             mean /= float32(width)
         square = float32(0)
         for j in range(width):
-            square += (x[r, j] - mean) ** 2
+            square += (widen(x[r, j]) - mean) ** 2
         factor = float32(1 / math.sqrt(square / float32(width) + eps))
         for j in range(width):
-            y[r, j] = (x[r, j] - mean) * factor * norm.gain[j]
+            normed = (widen(x[r, j]) - mean) * factor * norm.gain[j]
             if norm.bias.size:
-                y[r, j] += norm.bias[j]
+                normed += norm.bias[j]
+            y[r, j] = narrow(normed, y)
 
 
 @njit(**COMPILED)
 def gelu(y):
-    """GELU of each element, in place.
+    """GELU of each element, float32 or uint16 (bfloat16), in place.
 
     max(x, 0) less what lies in the tail of the normal distribution, and not x times what does
     not: that would be 1 less nearly 1 where x is far below zero.
     """
     flat = y.reshape(-1)
     for i in range(flat.size):
-        size = abs(flat[i])
+        x = widen(flat[i])
+        size = abs(x)
         lost = size * tail(size) if size < 14 else float32(0)
-        flat[i] = float32(0.5) * (flat[i] + size) - lost
+        flat[i] = narrow(float32(0.5) * (x + size) - lost, flat)
 
 
 @njit(**COMPILED)

@@ -12,7 +12,24 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 LANES = 16 if "+avx512bw" in _FEATURES else 8  # numbers of 32 bits in a register
 PAIRS = 2 * LANES  # numbers of 16 bits
 REGISTER = 4 * LANES  # bytes
+BF16_UNITS = LANES == 16 and "+avx512bf16" in _FEATURES
 I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
+
+
+class _BFloat16(ir.Type):
+    """LLVM's type of a bfloat16, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+BF16 = _BFloat16()
 
 
 def add_floats(builder, total, x, y):
@@ -32,6 +49,15 @@ def add_whole(builder, total, x, y):
     even = shuffle(builder, products, products, range(0, PAIRS, 2))
     odd = shuffle(builder, products, products, range(1, PAIRS, 2))
     return builder.add(total, builder.add(even, odd))
+
+
+def add_pairs(builder, total, x, y):
+    """Each number of `total`, and both products of two bfloat16 of x with two of y."""
+    pairs = vector_of(BF16, PAIRS)
+    kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{8 * REGISTER}"
+    dot = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(dot, [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)])
 
 
 def add_neighbours(builder, x, y, size):

@@ -41,14 +41,14 @@ def linear_of(layer: nn.Module) -> Linear:
     weight = layer.packed if hasattr(layer, "packed") else layer.weight.detach()
     scale = getattr(layer, "scale", None)
     scale = np.empty((0, 0), np.float32) if scale is None else scale.view(len(weight), -1).numpy()
-    return Linear(_bits(weight), scale, bias)
+    return Linear(bits_of(weight), scale, bias)
 
 
-def _bits(weight: Tensor) -> np.ndarray:
-    """NumPy's view of a weight; of bfloat16, which it does not know, the bits."""
-    if weight.dtype == torch.bfloat16:
-        return weight.view(torch.uint16).numpy()
-    return weight.numpy() if weight.dtype != torch.half else weight.float().numpy()
+def bits_of(numbers: Tensor) -> np.ndarray:
+    """NumPy's view of a tensor; of bfloat16, which it does not know, the bits."""
+    if numbers.dtype == torch.bfloat16:
+        return numbers.view(torch.uint16).numpy()
+    return numbers.numpy() if numbers.dtype != torch.half else numbers.float().numpy()
 
 
 def floats(values: Tensor | None) -> np.ndarray:

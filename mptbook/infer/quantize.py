@@ -179,6 +179,8 @@ class PackedLinear(Packed):
 
     def _widened_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(R, D) to (R, N), without the bias."""
+        if self.packed.dtype == dtype:
+            return F.linear(x.to(dtype), self.packed)
         # Some rows of the weight at a time: widened they never leave the processor's cache.
         n = max(1, WIDE // x.shape[-1])
         scales = [None] * -(-len(self.packed) // n) if self.scale is None else self.scale.split(n)

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mptbook.infer.cache import windows_of
 from mptbook.infer.decode import Cache, Decoder, is_plain
+from mptbook.infer.emit import BF16_UNITS
+from mptbook.infer.read import read
+from mptbook.infer.views import Rows, Texts
 from mptbook.model.mpt import MPT
-from mptbook.model.precision import autocast
+from mptbook.model.precision import autocast, has_bf16
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
 CHUNK = 2048  # tokens read at once, so that what a layer needs besides does not grow
@@ -29,10 +32,10 @@ FAR = 1024  # tokens from which finding out what a head can leave out is worth i
 class Slots:
     """A model, and room for the keys and values of several sequences.
 
-    All room is taken at once; nothing moves or grows afterwards. On a CPU one more token for
-    some of the sequences is a call of compiled loops, `mptbook.infer.decode`; everything else is
-    `MPT.forward`, also of a model that is more than its weights, as one with adapters. Where a
-    text begins a changed model is seen as it is.
+    All room is taken at once; nothing moves or grows afterwards. On a CPU compiled loops read texts
+    (`mptbook.infer.read`) and write tokens (`mptbook.infer.decode`); `MPT.forward` does both on a
+    GPU, and for a model that is more than its weights, as one with adapters. Where a text begins a
+    changed model is seen as it is.
 
     Args:
         model: in evaluation mode afterwards.
@@ -63,6 +66,7 @@ class Slots:
         self.key_scale = torch.zeros(scales, device=model.device)
         self.value_scale = torch.zeros_like(self.key_scale)
         self._decoder: Decoder | None = None  # where compiled loops compute what the model does
+        self._dtype: torch.dtype | None = None  # of products, where they read texts too
         self._look()
 
     @property
@@ -91,12 +95,10 @@ class Slots:
             return self.decode([slot], ids) if every else self.decode([slot], ids)[0]
         found = []
         for start in range(0, len(ids), CHUNK):
-            part = torch.tensor([ids[start : start + CHUNK]], device=self.model.device)
-            hidden = self._hidden(part, None, _Slot(self, slot))
-            self.lengths[slot] += part.shape[1]
+            hidden = self._hidden([slot], [ids[start : start + CHUNK]], every)
             if every:
-                found.append(self.model.logits(hidden)[0].float())
-        return torch.cat(found) if every else self._logits(hidden[0, -1:])[0]
+                found.append(self.model.logits(hidden[None])[0].float())
+        return torch.cat(found) if every else self._logits(hidden)[0]
 
     @torch.inference_mode()
     def read_texts(self, slots: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
@@ -120,14 +122,7 @@ class Slots:
                 raise ValueError(f"slot {slot} holds {self.lengths[slot]} tokens; crop it to none")
             self._check_room(slot, len(text))
         self._look()
-        sizes = torch.tensor([len(text) for text in texts])
-        ids = torch.tensor([token for text in texts for token in text], device=self.model.device)
-        documents = torch.arange(len(texts)).repeat_interleave(sizes).to(ids.device)
-        cache = _Texts(self, slots, sizes.tolist())
-        hidden = self._hidden(ids[None], documents[None], cache)[0]
-        for slot, size in zip(slots, sizes.tolist(), strict=True):
-            self.lengths[slot] = size
-        return self._logits(hidden[sizes.cumsum(0).to(ids.device) - 1])
+        return self._logits(self._hidden(slots, texts))
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
         """One more token in each of several slots; the weights are read once for all.
@@ -172,6 +167,16 @@ class Slots:
         if self._decoder is None or not self._decoder.is_of(self.model):
             plain = is_plain(self.model)
             self._decoder = Decoder(self.model, self._windows()) if plain else None
+            self._dtype = self._products() if plain else None
+
+    def _products(self) -> torch.dtype | None:
+        """What `read` computes products in; None for weights that it does not multiply."""
+        if not self._packed:
+            weight = self.model.transformer.blocks[0].attn.Wqkv.weight
+            return weight.dtype if weight.dtype == torch.float32 else None
+        units = BF16_UNITS and has_bf16(self.model.device)
+        exact = self.keys.dtype == torch.float32 or not units
+        return torch.float32 if exact else torch.bfloat16
 
     @cached_property
     def _cache(self) -> Cache:
@@ -180,7 +185,34 @@ class Slots:
             bits = [kept.view(torch.uint16) for kept in bits]
         return Cache(*(each.numpy() for each in (*bits, self.key_scale, self.value_scale)))
 
-    def _hidden(self, *given: Any) -> Tensor:
+    def _hidden(
+        self, slots: Sequence[int], texts: Sequence[Sequence[int]], every: bool = False
+    ) -> Tensor:
+        """(N, D) float32, the last norm's output after the last token of each text.
+
+        Args:
+            texts: appended to the slots; several only to empty ones.
+            every: after each token, (R, D).
+        """
+        lengths = [self.lengths[slot] for slot in slots]
+        sizes = [len(text) for text in texts]
+        if self._decoder is not None and self._dtype is not None:
+            hidden = read(self._decoder, self._cache, slots, lengths, texts, self._dtype, every)
+        else:
+            device = self.model.device
+            ids = torch.tensor([[token for text in texts for token in text]], device=device)
+            documents = None
+            if len(texts) > 1:
+                of_token = torch.arange(len(texts)).repeat_interleave(torch.tensor(sizes))
+                documents = of_token[None].to(device)
+            hidden = self._forward(ids, documents, Texts(self, slots, lengths, sizes))[0]
+            if not every:
+                hidden = hidden[torch.tensor(sizes, device=device).cumsum(0) - 1]
+        for slot, length, size in zip(slots, lengths, sizes, strict=True):
+            self.lengths[slot] = length + size
+        return hidden
+
+    def _forward(self, *given: Any) -> Tensor:
         """`MPT.hidden`, in bfloat16 throughout where products with packed weights are and the cache
         holds no more: in float32, attention takes a third of the time of 512 tokens."""
         if not self._packed or self.keys.dtype == torch.float32:
@@ -197,8 +229,8 @@ class Slots:
     @torch.inference_mode()
     def _decode_padded(self, slots, lengths, ids) -> Tensor:
         device = self.model.device
-        rows = _Rows(self, slots, lengths)
-        hidden = self._hidden(torch.tensor(ids, device=device)[:, None], rows.documents, rows)
+        rows = Rows(self, slots, lengths)
+        hidden = self._forward(torch.tensor(ids, device=device)[:, None], rows.documents, rows)
         return self.model.logits(hidden)[:, 0].float()
 
     def _windows(self) -> list[list[int]]:
@@ -220,81 +252,3 @@ class Slots:
                 f"{self.lengths[slot] + new} tokens, but learned positions end at "
                 f"max_seq_len={config.max_seq_len}; shorten the text, or use ALiBi"
             )
-
-    def _write(self, layer: int, slot: int, start: int, k: Tensor, v: Tensor) -> None:
-        """(G, Tq, K) keys and values into a slot."""
-        end = start + k.shape[1]
-        kept = (self.keys, self.key_scale, k), (self.values, self.value_scale, v)
-        for numbers, scales, new in kept:
-            if scales.numel():
-                scale = new.float().abs().amax(2) / 127  # (G, Tq)
-                scales[layer, slot, :, start:end] = scale
-                new = (new / scale.clamp(min=1e-30)[..., None]).round()
-            numbers[layer, slot, :, start:end] = new
-
-    def _read(self, layer: int, slot: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(G, end, K) keys and values of a slot, in the dtype that attention computes in."""
-        found = []
-        for numbers, scales in ((self.keys, self.key_scale), (self.values, self.value_scale)):
-            kept = numbers[layer, slot, :, :end]
-            if scales.numel():
-                kept = kept * scales[layer, slot, :, :end, None]
-            found.append(kept.to(dtype))
-        return found[0], found[1]
-
-
-class _Slot:
-    """One slot as the cache of `MPT.forward`."""
-
-    def __init__(self, slots: Slots, slot: int) -> None:
-        self.slots, self.slot, self.start = slots, slot, slots.lengths[slot]
-
-    def __len__(self) -> int:
-        return self.start
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        self.slots._write(layer, self.slot, self.start, k[0], v[0])
-        kept = self.slots._read(layer, self.slot, self.start + k.shape[2], k.dtype)
-        return [(kept[0][None], kept[1][None])]
-
-
-class _Texts:
-    """Several empty slots as the cache of `MPT.forward`, for texts one after the other."""
-
-    def __init__(self, slots: Slots, chosen: Sequence[int], sizes: Sequence[int]) -> None:
-        self.slots, self.chosen, self.sizes = slots, chosen, sizes
-
-    def __len__(self) -> int:
-        return 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        kept = []
-        new = zip(k[0].split(self.sizes, 1), v[0].split(self.sizes, 1), strict=True)
-        for slot, size, (keys, values) in zip(self.chosen, self.sizes, new, strict=True):
-            self.slots._write(layer, slot, 0, keys, values)
-            kept.append(self.slots._read(layer, slot, size, k.dtype))
-        keys, values = (torch.cat(parts, dim=1)[None] for parts in zip(*kept, strict=True))
-        return [(keys, values)]
-
-
-class _Rows:
-    """Several slots as the cache of `MPT.forward`, padded on the left to the longest."""
-
-    def __init__(self, slots: Slots, chosen: Sequence[int], lengths: Sequence[int]) -> None:
-        self.slots, self.chosen, self.lengths = slots, chosen, lengths
-        longest = max(lengths) + 1
-        filled = torch.tensor(lengths, device=slots.model.device)[:, None] + 1
-        place = torch.arange(longest, device=filled.device)
-        self.documents = (place >= longest - filled).long()  # 0 is padding
-
-    def __len__(self) -> int:
-        return max(self.lengths)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        size = len(self.chosen), k.shape[1], max(self.lengths) + 1, k.shape[3]
-        keys, values = k.new_zeros(size), v.new_zeros(size)
-        for row, (slot, length) in enumerate(zip(self.chosen, self.lengths, strict=True)):
-            self.slots._write(layer, slot, length, k[row], v[row])
-            kept = self.slots._read(layer, slot, length + 1, k.dtype)
-            keys[row, :, size[2] - length - 1 :], values[row, :, size[2] - length - 1 :] = kept
-        return [(keys, values)]

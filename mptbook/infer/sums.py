@@ -23,6 +23,7 @@ from mptbook.infer.emit import (
     REGISTER,
     add_floats,
     add_neighbours,
+    add_pairs,
     add_whole,
     address_of,
     constant,
@@ -178,6 +179,56 @@ def add_scaled(typing, sums, whole, scales):
         return _sums(context, builder, signature.return_type, found)
 
     return sums(sums, whole, scales), emit
+
+
+@intrinsic
+def add_outer(typing, sums, columns, at, rows, step):
+    """What one step of a product of matrices adds to sums, for R rows and O * `LANES` columns.
+
+    Args:
+        sums: O times R vectors of float32.
+        columns: (steps, columns) float32, or uint32, of two bfloat16 whose products are added.
+        at: the first of the columns.
+        rows: (R, steps) likewise.
+        step: which.
+    """
+
+    def emit(context, builder, signature, args):
+        add, number = (add_floats, F32) if rows.dtype == types.float32 else (add_pairs, I32)
+        found = _vectors(builder, args[0])
+        at, kinds = [args[4], args[2]], [signature.args[4], signature.args[2]]
+        place = address_of(context, builder, signature, args, 1, at, kinds)
+        of_outputs = [builder.add(place, I64(o * REGISTER)) for o in range(sums.count)]
+        loaded = [vector_at(builder, each, number, LANES) for each in of_outputs]
+        for k in range(sums.dtype.count):
+            at, kinds = [I64(k), args[4]], [types.intp, signature.args[4]]
+            place = address_of(context, builder, signature, args, 3, at, kinds)
+            x = spread(builder, number_at(builder, place, number))
+            for output, column in zip(found, loaded, strict=True):
+                output[k] = add(builder, output[k], column, x)
+        return _sums(context, builder, signature.return_type, found)
+
+    return sums(sums, columns, at, rows, step), emit
+
+
+@intrinsic
+def put(typing, sums, array, column):
+    """Store vectors: those of row k to array[k], from a column on, one output after the other.
+
+    Args:
+        array: of float32.
+    """
+
+    def emit(context, builder, signature, args):
+        for o, output in enumerate(_vectors(builder, args[0])):
+            for k, each in enumerate(output):
+                at, kinds = [I64(k), args[2]], [types.intp, signature.args[2]]
+                place = address_of(context, builder, signature, args, 1, at, kinds)
+                place = builder.add(place, I64(o * REGISTER))
+                builder.store(each, builder.inttoptr(place, each.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(sums, array, column), emit
 
 
 @intrinsic

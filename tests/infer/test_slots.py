@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mptbook.infer.quantize import PackedLinear, pack, quantize
 from mptbook.infer.slots import Slots
+from mptbook.infer.views import stored
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import autocast
@@ -156,7 +157,7 @@ def test_both_ways_of_writing_a_token_keep_the_same_numbers(dtype, monkeypatch):
         slots = Slots(model(), 1, 20, dtype)
         for i in ids:
             slots.decode([0], [i])
-        kept.append(slots._read(0, 0, 20, torch.float32))
+        kept.append(stored(slots, 0, 0, 20, torch.float32))
     for compiled, plain in zip(*kept, strict=True):
         step = compiled.abs().max() * {"float32": 1e-5, "bfloat16": 2**-8, "int8": 1 / 127}[dtype]
         assert (compiled - plain).abs().max() <= 1.01 * step
