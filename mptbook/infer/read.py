@@ -61,7 +61,7 @@ def read(
     last = np.stack([ends - 1, slots, lengths + sizes - 1, np.ones_like(sizes)], axis=1)
     slot_of_row = np.repeat(slots, sizes)
     place = np.arange(ends[-1]) + np.repeat(lengths - whole[:, 0], sizes)
-    x = transformer.wte(torch.tensor(ids))
+    x = transformer.wte(torch.tensor(ids)).float()
     if decoder.model.config.has_positions:
         x = x + transformer.wpe(torch.from_numpy(place)).float()
     with pytorchs_threads():

@@ -171,11 +171,13 @@ class Slots:
 
     def _products(self) -> torch.dtype | None:
         """What `read` computes products in; None for weights that it does not multiply."""
-        if not self._packed:
-            weight = self.model.transformer.blocks[0].attn.Wqkv.weight
-            return weight.dtype if weight.dtype == torch.float32 else None
+        block = self.model.transformer.blocks[0]
+        layers = block.attn.Wqkv, block.attn.out_proj, block.ffn.up_proj, block.ffn.down_proj
+        unpacked = [layer.weight.dtype for layer in layers if not hasattr(layer, "packed")]
+        if any(dtype != torch.float32 for dtype in unpacked):
+            return None
         units = BF16_UNITS and has_bf16(self.model.device)
-        exact = self.keys.dtype == torch.float32 or not units
+        exact = unpacked or self.keys.dtype == torch.float32 or not units
         return torch.float32 if exact else torch.bfloat16
 
     @cached_property

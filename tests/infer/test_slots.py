@@ -132,6 +132,19 @@ def test_tokens_are_those_of_the_model_as_it_is_now(changed):
     assert (expected[1] - expected[0]).abs().max() > 10 * CLOSE["atol"]
 
 
+@pytest.mark.parametrize("names", [["ffn.up_proj"], ["attn.Wqkv", "ffn.down_proj"]])
+def test_some_layers_may_be_packed_and_others_not(names):
+    ids, mixed = some_ids(1, 40), copy.deepcopy(model())
+    for block in mixed.transformer.blocks:
+        for name in names:
+            block.set_submodule(name, in_8_bits(block.get_submodule(name)))
+    slots = Slots(mixed, 1, 40, "bfloat16")
+    found = slots.read(0, ids[0].tolist(), every=True)
+    with torch.no_grad():
+        expected = mixed(ids)[0]
+    assert (found - expected).abs().max() < COARSE["bfloat16"] * expected.abs().max()
+
+
 def test_another_model_in_the_place_of_the_first_is_the_one_that_writes():
     slots, other = Slots(model(), 1, 9), model("RMSNorm, own head")
     slots.model = other
