@@ -26,9 +26,10 @@ def trained(name: str = "tiny") -> Path:
 
     Learns the tokenizer, prepares the rows, trains and saves, each step only if its result
     is missing. The cache is keyed on the settings, the texts and the code that training runs:
-    after a change of any of them the model is trained again. For `tiny` that takes
-    nine minutes on two cores with units for bfloat16, and forty on two that have registers of
-    256 bits and no such units; with `MPTBOOK_FAST=1` a few seconds, and the model is bad.
+    after a change of any of them the model is trained again. For `tiny` that takes nine to
+    fifteen minutes on two cores with units for bfloat16, and up to forty on two that have
+    registers of 256 bits and no such units; with `MPTBOOK_FAST=1` a few seconds, and the model
+    is bad.
     Who asks while another process trains it, a second notebook for example, waits.
     """
     home = cache_dir() / "runs" / f"{name}-{_key(name)}{'-fast' if fast_mode() else ''}"
