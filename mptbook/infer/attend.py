@@ -20,17 +20,8 @@ import numpy as np
 from numba import float32, int32, njit, prange
 
 from mptbook.infer.compiled import COMPILED, INLINE, PARALLEL, narrow
-from mptbook.infer.elementwise import exponential
-from mptbook.infer.steps import (
-    COLUMNS,
-    ROWS,
-    pack_keys,
-    pack_query,
-    pack_values,
-    product,
-    room,
-    steps,
-)
+from mptbook.infer.elementwise import exponential, exponentials
+from mptbook.infer.steps import COLUMNS, ROWS, pack, product, room, steps
 from mptbook.infer.sums import put
 
 KEYS = 512  # of a tile
@@ -98,36 +89,35 @@ def attend_head(qkv, keys, values, key_scale, value_scale, first, scale, slope, 
     value_columns = room(steps(KEYS, qkv), padded, qkv)
     scores = np.empty((ROWS, KEYS), np.float32)
     found = np.empty((ROWS, padded), np.float32)
-    bits, numbers = scores.view(np.int32), shares.view(qkv.dtype)
+    numbers = shares.view(qkv.dtype)
     distance = np.arange(KEYS).astype(np.float32)
     for tile in range(max(0, before + 1 - window) // KEYS * KEYS, end, KEYS):
         stop = min(tile + KEYS, end)
-        pack_keys(keys[tile:stop], key_columns)
-        pack_values(values[tile:stop], value_columns)
+        pack(keys[tile:stop].T, key_columns)
+        pack(values[tile:stop], value_columns)
         for start in range(max(0, tile - before), min(size, stop + window - before), ROWS):
             n_queries = min(ROWS, size - start)
             n_keys = min(stop, before + start + n_queries) - tile  # that one of them sees
-            for k in range(n_queries):
-                pack_query(qkv[start + k, first : first + width], queries[k])
+            pack(qkv[start : start + n_queries, first : first + width].T, queries.T)
             for j in range(0, n_keys, COLUMNS):
                 put(product(queries, key_columns, j, steps(width, qkv)), scores, j)
             for k in range(n_queries):
                 i = start + k
-                seen = min(n_keys, before + i + 1 - tile)
-                numbers[k, max(seen, 0) : n_keys + n_keys % 2] = 0
-                if seen > 0:
-                    multiply(scores, k, seen, key_scale, tile)
-                    offset = float32(tile - before - i)
-                    add_bias(scores, k, seen, scale, slope, offset, distance)
-                    new = max(most[i], largest(bits, k, seen))
+                seen = max(0, min(n_keys, before + i + 1 - tile))
+                numbers[k, seen : n_keys + n_keys % 2] = 0
+                if seen:
+                    part = scores[k, :seen]
+                    multiply(part, key_scale[tile : tile + seen])
+                    add_bias(part, scale, slope, float32(tile - before - i), distance)
+                    new = max(most[i], largest(part.view(np.int32)))
                     factor = exponential(most[i] - new)
-                    total[i] = total[i] * factor + exponentials(scores, k, seen, new)
+                    total[i] = total[i] * factor + exponentials(part, new)
                     for d in range(padded):
                         mixed[i, d] *= factor
                     most[i] = new
-                    multiply(scores, k, seen, value_scale, tile)
+                    multiply(part, value_scale[tile : tile + seen])
                     for j in range(seen):
-                        numbers[k, j] = narrow(scores[k, j], numbers)
+                        numbers[k, j] = narrow(part[j], numbers)
             for d in range(0, padded, COLUMNS):
                 put(product(shares, value_columns, d, steps(n_keys, qkv)), found, d)
             for k in range(n_queries):
@@ -138,42 +128,32 @@ def attend_head(qkv, keys, values, key_scale, value_scale, first, scale, slope, 
 
 
 @njit(**INLINE)
-def multiply(scores, k, n, scales, tile):
-    """The numbers of a query with the scale of each key or value, where they have one."""
+def multiply(scores, scales):
+    """Each score with the scale of its key or value, where they have one."""
     if scales.size:
-        for j in range(n):
-            scores[k, j] *= scales[tile + j]
+        for j in range(len(scores)):
+            scores[j] *= scales[j]
 
 
 @njit(**INLINE)
-def add_bias(scores, k, n, scale, slope, offset, distance):
+def add_bias(scores, scale, slope, offset, distance):
     """Scale the scores of a query, and add ALiBi's bias."""
-    for j in range(n):
-        scores[k, j] = scores[k, j] * scale + slope * (offset + distance[j])
+    for j in range(len(scores)):
+        scores[j] = scores[j] * scale + slope * (offset + distance[j])
 
 
 @njit(**INLINE)
-def largest(bits, k, n):
-    """The largest of n float32, of which `bits` are the bits.
+def largest(bits):
+    """The largest of some float32, of which these are the bits.
 
     As whole numbers of the same order: the compiler takes many of them at a time, and of float32
     one after the other, because one may be NaN.
     """
     most = int32(-(2**31))
-    for j in range(n):
-        each = bits[k, j]
+    for j in range(len(bits)):
+        each = bits[j]
         most = max(most, int32(each ^ ((each >> int32(31)) & int32(0x7FFFFFFF))))
     return np.int32(most ^ ((most >> int32(31)) & int32(0x7FFFFFFF))).view(np.float32)
-
-
-@njit(**INLINE)
-def exponentials(scores, k, n, most):
-    """exp(score - most) of the scores of a query, in place; their sum is returned."""
-    total = float32(0)
-    for j in range(n):
-        scores[k, j] = exponential(scores[k, j] - most)
-        total += scores[k, j]
-    return total
 
 
 @njit(**INLINE)

@@ -51,86 +51,33 @@ def in_pairs(array: types.Array) -> bool:
     return array.dtype != types.float32
 
 
-def pack_query(query, row):
-    """A query in steps.
+def pack(numbers, packed):
+    """Numbers in steps along the first axis.
 
     Args:
-        query: (K,).
-        row: written.
+        numbers: (n, m) as they are stored.
+        packed: (steps of n, m or more), written.
     """
     raise AssertionError("compiled code only")
 
 
-@overload(pack_query, jit_options=INLINE)
-def _pack_query(query, row):
-    def pairs(query, row):
-        for d in range(len(query) // 2):
-            row[d] = pair(query[2 * d], query[2 * d + 1])
-        if len(query) % 2:
-            row[len(query) // 2] = uint32(query[len(query) - 1])
-
-    def single(query, row):
-        for d in range(len(query)):
-            row[d] = query[d]
-
-    return pairs if in_pairs(row) else single
-
-
-def pack_keys(keys, columns):
-    """A tile of keys, one to a column, in steps.
-
-    Args:
-        keys: (n, K).
-        columns: (steps of K, KEYS), written.
-    """
-    raise AssertionError("compiled code only")
-
-
-@overload(pack_keys, jit_options=INLINE)
-def _pack_keys(keys, columns):
-    def pairs(keys, columns):
-        n, width = keys.shape
-        for j in range(n):
-            for d in range(width // 2):
-                columns[d, j] = pair(keys[j, 2 * d], keys[j, 2 * d + 1])
-            if width % 2:
-                columns[width // 2, j] = half(keys[j, width - 1])
-
-    def single(keys, columns):
-        for j in range(keys.shape[0]):
-            for d in range(keys.shape[1]):
-                columns[d, j] = widen(keys[j, d])
-
-    return pairs if in_pairs(columns) else single
-
-
-def pack_values(values, columns):
-    """A tile of values; a token is a step, or half of one.
-
-    Args:
-        values: (n, K).
-        columns: (steps of KEYS, C), written.
-    """
-    raise AssertionError("compiled code only")
-
-
-@overload(pack_values, jit_options=INLINE)
-def _pack_values(values, columns):
-    def pairs(values, columns):
-        n, width = values.shape
-        for j in range(n // 2):
-            for d in range(width):
-                columns[j, d] = pair(values[2 * j, d], values[2 * j + 1, d])
+@overload(pack, jit_options=INLINE)
+def _pack(numbers, packed):
+    def pairs(numbers, packed):
+        n, m = numbers.shape
+        for i in range(n // 2):
+            for j in range(m):
+                packed[i, j] = pair(numbers[2 * i, j], numbers[2 * i + 1, j])
         if n % 2:
-            for d in range(width):
-                columns[n // 2, d] = half(values[n - 1, d])
+            for j in range(m):
+                packed[n // 2, j] = half(numbers[n - 1, j])
 
-    def single(values, columns):
-        for j in range(values.shape[0]):
-            for d in range(values.shape[1]):
-                columns[j, d] = widen(values[j, d])
+    def single(numbers, packed):
+        for i in range(numbers.shape[0]):
+            for j in range(numbers.shape[1]):
+                packed[i, j] = widen(numbers[i, j])
 
-    return pairs if in_pairs(columns) else single
+    return pairs if in_pairs(packed) else single
 
 
 @njit(**INLINE)
@@ -154,7 +101,7 @@ def _half(x):
 @njit(**INLINE)
 def product(rows, columns, at, n):
     """`ROWS` rows with `COLUMNS` columns from one on; n steps."""
-    sums = zeros(VECTORS, 6)  # ROWS, which has to be a constant here
+    sums = zeros(VECTORS, ROWS)
     for step in range(n):
         sums = add_outer(sums, columns, at, rows, step)
     return sums

@@ -36,7 +36,7 @@ class Case:
         n_rows, n_heads = sum(size for _, size in texts), copies * heads
         room = max(before + size for before, size in texts) + 3
         self.qkv = (size * normal(n_rows, (n_heads + 2 * heads) * width)).to(dtype)
-        # Slot 0 and the second of two layers stay as they are: nothing may be taken from them.
+        # Slot 0 and the first of two layers are not those that are asked for.
         shape = 2, len(texts) + 1, heads, room, width
         self.scales = [torch.empty(0, 0, 0, 0)] * 2
         if kept == torch.int8:
