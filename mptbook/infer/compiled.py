@@ -5,6 +5,7 @@ that it runs on: seconds, kept on disk until a file of this folder changes.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,11 +65,23 @@ def _locators() -> str:
 numba.config.CACHE_LOCATOR_CLASSES = _locators()
 
 
+class _Numbas(threading.local):
+    """What Numba was told last, which it keeps for each thread: to tell it again takes 20 µs where
+    what has to be run for that has left the processor's caches (measured)."""
+
+    threads = 0
+
+
+_numbas = _Numbas()
+
+
 @contextmanager
 def pytorchs_threads() -> Iterator[None]:
     """Compiled loops take as many threads as PyTorch may, and PyTorch keeps its own number."""
     n_threads = torch.get_num_threads()
-    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    if _numbas.threads != n_threads:
+        numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+        _numbas.threads = n_threads
     try:
         yield
     finally:

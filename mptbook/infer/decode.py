@@ -116,7 +116,7 @@ class Decoder:
         of_layers = self.layers[0], places_of(self.layers)
         self.norm_f = _norm(transformer.norm_f)
         self.weights = wte, wpe, *of_layers, self.norm_f, self.head
-        self.slopes = model.slopes.numpy()
+        self.slopes, self.factor = model.slopes.numpy(), config.logit_factor
         self.model = model
         self._made_of = made_of(model)
 
@@ -139,9 +139,9 @@ class Decoder:
             ValueError: see `check`.
         """
         self.check(ids)
-        rows = (np.array(each, np.int64) for each in (slots, lengths, ids))
+        rows = np.array((slots, lengths, ids))
         with pytorchs_threads():
-            found = step(*rows, self.weights, cache, self.slopes, self.shape)
+            found = step(rows, self.weights, cache, self.slopes, self.shape)
         return self._scaled(found)
 
     def check(self, ids: Sequence[int]) -> None:
@@ -158,8 +158,8 @@ class Decoder:
             return self._scaled(product(self.head, hidden.float().numpy()))
 
     def _scaled(self, logits: np.ndarray) -> Tensor:
-        found, factor = torch.from_numpy(logits), self.model.config.logit_factor
-        return found if factor == 1 else found * factor
+        found = torch.from_numpy(logits)
+        return found if self.factor == 1 else found * self.factor
 
 
 def _layer(block: nn.Module, windows: Sequence[int]) -> Layer:
@@ -184,8 +184,9 @@ def _norm(norm: NormModule | None) -> Norm:
 
 
 @njit(**COMPILED)
-def step(slots, lengths, ids, weights, cache, slopes, shape):
-    """(R, V) logits; the cache is extended."""
+def step(rows, weights, cache, slopes, shape):
+    """(R, V) logits, and the cache extended, of (3, R) slots, their lengths and ids."""
+    slots, lengths, ids = rows[0], rows[1], rows[2]
     wte, wpe, first, places, norm_f, head = weights
     n_rows = len(ids)
     inner = shape.n_heads * shape.width

@@ -15,12 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
 from mptbook.infer.running import Running, place, read_together, take_over
-from mptbook.infer.sampling import likeliest, sample
+from mptbook.infer.sampling import likeliest
 from mptbook.infer.slots import Slots
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -92,7 +91,6 @@ class Engine:
         """Whether its thread is there to answer."""
         return self._thread is not None and self._thread.is_alive()
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Admit, read one chunk of prompts, write one token for each; whether there was work."""
         self._steps += 1
@@ -135,17 +133,20 @@ class Engine:
                     self._changed.wait()
 
     def _drop_cancelled(self) -> None:
-        with self._changed:
-            gone = [one for one in self.waiting if one[0].cancelled]
-            self.waiting = deque(one for one in self.waiting if not one[0].cancelled)
-        for stream, _ in gone:
-            self.counts.end("cancelled")
-            stream.put(Piece("", finish="cancelled"))
+        if self.waiting:
+            with self._changed:
+                gone = [one for one in self.waiting if one[0].cancelled]
+                self.waiting = deque(one for one in self.waiting if not one[0].cancelled)
+            for stream, _ in gone:
+                self.counts.end("cancelled")
+                stream.put(Piece("", finish="cancelled"))
         for one in self.running:
             if one.stream.cancelled:
                 self._end(one, "cancelled")
 
     def _admit(self) -> None:
+        if not self.waiting:
+            return
         taken = {one.slot for one in self.running}
         free = [slot for slot in range(self.slots.n_slots) if slot not in taken]
         while free:
@@ -235,30 +236,26 @@ class Engine:
 
     def _choose(self, rows: list[Running], logits: Tensor) -> None:
         """Choose a token for each of (R, V) logits, say it, and end those whose last it was."""
-        logits = logits[:, : self._n_ids].float()
         # For all at once: each call lets other threads have the interpreter, and waits for it.
-        for one, row, best in zip(rows, logits, likeliest(logits), strict=True):
+        found = enumerate(likeliest(logits, self._n_ids))
+        for one, (n, best) in zip(rows, found, strict=True):
             try:
                 if best is None:
                     raise Unanswered("the model gave logits that are not finite")
-                self._say(one, row, best if one.stream.request.temperature == 0 else None)
+                # To cut out a row takes PyTorch as long as all else that a token still needs here.
+                token = Token(best) if one.plain else one.choose(logits[n, : self._n_ids], best)
+                self._say(one, token)
             except Exception as error:
                 self._fail([one], error)
 
-    def _say(self, one: Running, logits: Tensor, chosen: int | None) -> None:
-        """Say a token: the one that is chosen, or else one that is sampled from (V,) logits."""
-        request = one.stream.request
-        if chosen is None:
-            how = {"temperature": request.temperature, "top_k": request.top_k}
-            drawn = sample(logits[None], **how, top_p=request.top_p, generator=one.generator)
-            chosen = int(drawn)
-        one.last = chosen
+    def _say(self, one: Running, token: Token) -> None:
+        one.last = token.id
         one.written += 1
         self.counts.generation_tokens += 1
         name = "inter_token_latency" if one.spoken else "time_to_first_token"
         before, one.spoken = one.spoken or one.born, time.perf_counter()
         self.observe(name, one.spoken - before)
-        token = Token.of(one.last, logits, request.logprobs)
+        request = one.stream.request
         ended = one.last in request.stop_ids
         text = "" if ended else one.text.add(one.last)
         if ended or one.text.stopped is not None:

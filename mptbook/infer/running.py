@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mptbook.infer.request import Piece, Request, Stream, Token
+from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -48,6 +49,21 @@ class Running:
     def joins(self) -> bool:
         """Whether its prompt may be read in one pass with others: nothing of it is read yet."""
         return not (self.read or self.alone or self.stream.request.echo)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it wants the likeliest tokens, and to know nothing more of them."""
+        request = self.stream.request
+        return request.temperature == 0 and request.logprobs is None
+
+    def choose(self, logits: Tensor, best: int) -> Token:
+        """The next token: sampled from (V,) logits, or `best`, the likeliest of them."""
+        request = self.stream.request
+        if request.temperature > 0:
+            how = {"temperature": request.temperature, "top_k": request.top_k}
+            how |= {"top_p": request.top_p, "generator": self.generator}
+            best = int(sample(logits[None], **how))
+        return Token.of(best, logits, request.logprobs)
 
     def echo(self, chunk: Sequence[int], logits: Tensor) -> None:
         """Say the tokens of a chunk of the prompt, each with what was predicted for it.

@@ -154,6 +154,7 @@ class Slots:
         """Forget all but the first tokens of a slot."""
         self.lengths[slot] = min(length, self.lengths[slot])
 
+    @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
         """Put the first tokens of one slot in the place of what another holds."""
         length = min(length, self.lengths[source])

@@ -302,3 +302,21 @@ def test_writing_takes_as_many_threads_as_pytorch_may_and_leaves_it_so():
     slots.decode([0, 1], [3, 4])
     assert torch.get_num_threads() == 1  # as the whole session has it
     assert numba.get_num_threads() == 1
+    torch.set_num_threads(2)
+    try:
+        slots.decode([0, 1], [3, 4])
+        assert torch.get_num_threads() == 2
+        assert numba.get_num_threads() == min(2, numba.config.NUMBA_NUM_THREADS)
+    finally:
+        torch.set_num_threads(1)
+    slots.decode([0, 1], [3, 4])
+    assert numba.get_num_threads() == 1
+
+
+def test_room_that_was_made_in_inference_mode_is_written_to_outside_of_it():
+    with torch.inference_mode():
+        slots = Slots(model(), 2, 9)
+    slots.read(0, [3, 4, 5])
+    slots.copy(0, 1, 2)
+    assert torch.equal(slots.keys[:, 1, :, :2], slots.keys[:, 0, :, :2])
+    assert slots.lengths == [3, 2]
