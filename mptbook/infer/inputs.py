@@ -7,13 +7,12 @@ vector of weights lies together, so that a loop goes through one stretch of memo
 Dimensions in this file
     R   rows: sequences that a token is written for
     D   inputs of a layer
-    G   groups of inputs with a scale of their own, D / GROUP
 """
 
 import numpy as np
 from numba import float32, int16, int32, njit
 
-from mptbook.infer.compiled import EXACT, GROUP, INLINE
+from mptbook.infer.compiled import EXACT, INLINE
 from mptbook.infer.emit import LANES, PAIRS
 from mptbook.infer.vectors import BYTES, HALF, copy
 
@@ -71,27 +70,16 @@ def whole_rows(x):
 
 @njit(**EXACT)
 def whole_groups(x):
-    """`whole_inputs` for weights of 4 bits, which are stored 8 larger than they are.
-
-    Returns:
-        (R * D,) int16, groups in the order of `mptbook.infer.sums.add_group`; (R, G) int32, -8
-        times the sum of a group, which takes what is too much in its products away; and (R,), the
-        units.
-    """
+    """`whole_inputs` for weights of 4 bits, each group in the order that
+    `mptbook.infer.sums.add_group` has them in."""
     whole, unit = whole_rows(x)
     ordered = np.empty_like(whole)
-    excess = np.empty((len(x), x.shape[1] // GROUP), np.int32)
     lanes = HALF // BYTES
     halves = whole.reshape(-1, 2, HALF)
     target = ordered.reshape(-1, BYTES, 2, lanes)
-    sums = excess.reshape(-1)
     for g in range(len(halves)):
-        total = int32(0)
         for half in range(2):
-            for j in range(HALF):
-                total += int32(halves[g, half, j])
             for byte in range(BYTES):
                 for lane in range(lanes):
                     target[g, byte, half, lane] = halves[g, half, lane * BYTES + byte]
-        sums[g] = int32(-8) * total
-    return together(ordered, PAIRS), excess, unit
+    return together(ordered, PAIRS), unit

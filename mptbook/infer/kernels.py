@@ -28,7 +28,6 @@ from mptbook.infer.sums import (
     add_products,
     add_scaled,
     add_up,
-    whole_numbers,
     whole_zeros,
     zeros,
 )
@@ -160,14 +159,12 @@ def byte_products(linear, outputs, inputs, r, y, sums):
 
 def nibble_products(linear, outputs, inputs, r, y, sums):
     weight, scale, _ = linear
-    x, excess, unit = inputs
+    x, unit = inputs
     width, n_rows = GROUP * scale.shape[1], len(sums[0])
     for g in range(scale.shape[1]):
         for output in outputs:
             ask_ahead(weight, (output, g, 0))
-        whole = whole_numbers(sums, excess, r, g)
-        whole = add_group(whole, weight, outputs, g, x, r * width + n_rows * GROUP * g)
-        sums = add_scaled(sums, whole, gather(scale, outputs, g))
+        sums = add_group(sums, weight, scale, outputs, g, x, r * width + n_rows * GROUP * g)
     write(add_up(sums), unit, outputs, r, y)
 
 

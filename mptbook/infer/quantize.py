@@ -31,7 +31,7 @@ PIECE = 2**22  # numbers that are packed at once, which bounds the memory that i
 WIDE = 2**22  # numbers that are widened at once
 # Rows up to which packed weights are multiplied as fast as PyTorch multiplies in bfloat16 what they
 # are widened to, or faster (measured).
-FEW = {torch.bfloat16: 16, torch.int8: 64, torch.uint8: 32}
+FEW = {torch.bfloat16: 16, torch.int8: 64, torch.uint8: 48}
 SOME = 128  # likewise in float32
 Bits = Literal[16, 8, 4]
 PARTS = {16: ("packed",), 8: ("packed", "scale"), 4: ("packed", "scale")}

@@ -8,6 +8,8 @@ Dimensions in this file
     R   rows, likewise
 """
 
+from functools import partial
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -46,33 +48,7 @@ def zeros(typing, outputs, n_rows):
 @intrinsic
 def whole_zeros(typing, sums):
     """As many vectors of int32 zeros as `sums` has."""
-    return _whole(sums)(sums), _emit_zeros
-
-
-@intrinsic
-def whole_numbers(typing, sums, array, row, column):
-    """As many vectors as `sums` has; the lanes of those of row k add up to array[row + k, column].
-
-    Args:
-        array: of int32.
-    """
-
-    def emit(context, builder, signature, args):
-        row = context.cast(builder, args[2], signature.args[2], types.intp)
-        empty = ir.Constant(vector_of(I32, LANES), [0] * LANES)
-        at, kinds = [row, args[3]], [types.intp, signature.args[3]]
-        found = []
-        for k in range(sums.dtype.count):
-            at[0] = builder.add(row, I64(k))
-            place = address_of(context, builder, signature, args, 1, at, kinds)
-            found.append(builder.insert_element(empty, number_at(builder, place, I32), I32(0)))
-        return _sums(context, builder, signature.return_type, [found] * sums.count)
-
-    return _whole(sums)(sums, array, row, column), emit
-
-
-def _whole(sums):
-    return types.UniTuple(types.UniTuple(WHOLE, sums.dtype.count), sums.count)
+    return types.UniTuple(types.UniTuple(WHOLE, sums.dtype.count), sums.count)(sums), _emit_zeros
 
 
 def _emit_zeros(context, builder, signature, args):
@@ -124,37 +100,41 @@ def add_products(typing, sums, weights, x, at):
 
 
 @intrinsic
-def add_group(typing, sums, array, rows, group, x, at):
-    """`add_products` for 64 weights of 4 bits from array[row, group] on, each 8 more than it is.
+def add_group(typing, sums, array, scale, rows, group, x, at):
+    """Products added to sums: of 64 weights of 4 bits for each output, times their scale.
 
     A lane of a loaded vector has `BYTES` bytes. First come the low halves of the first byte of
     each lane, then their high halves, and so on for the other byte: x has its inputs in this order.
 
     Args:
-        sums: O times R vectors of int32.
-        array: of uint8; see `mptbook.infer.quantize.pack` for the order of weights.
+        sums: O times R vectors of float32.
+        array: of uint8, each half 8 more than its weight, from array[row, group] on.
+        scale: of float32, scale[row, group].
         rows: O of them.
-        x: one-dimensional, of int16.
+        x: one-dimensional, of int16; 64 for each of R rows from `at` on.
     """
 
     def emit(context, builder, signature, args):
         found = _vectors(builder, args[0])
-        x_at, x_kinds = [args[5]], [signature.args[5]]
-        x_place = address_of(context, builder, signature, args, 4, x_at, x_kinds)
+        place = partial(address_of, context, builder, signature, args)
+        index, kind = args[4], signature.args[4]
+        x_at = place(5, [args[6]], [signature.args[6]])
         # One output after the other: all at once are more vectors than there are registers.
-        for output, row in zip(found, cgutils.unpack_tuple(builder, args[2]), strict=True):
-            at, kinds = [row, args[3], I64(0)], [types.intp, signature.args[3], types.intp]
-            place = address_of(context, builder, signature, args, 1, at, kinds)
-            lanes = vector_at(builder, place, ir.IntType(8 * BYTES), PAIRS)
+        for output, row in zip(found, cgutils.unpack_tuple(builder, args[3]), strict=True):
+            at = place(1, [row, index, I64(0)], [types.intp, kind, types.intp])
+            lanes = vector_at(builder, at, ir.IntType(8 * BYTES), PAIRS)
             lanes = lanes if BYTES == 2 else builder.zext(lanes, vector_of(I16, PAIRS))
+            whole = [constant(I32, 0, LANES) for _ in output]
             for n in range(2 * BYTES):
-                shifted = builder.lshr(lanes, constant(I16, 4 * n, PAIRS))
-                weights = [builder.and_(shifted, constant(I16, 15, PAIRS))]
-                of_x = builder.add(x_place, I64(n * sums.dtype.count * REGISTER))
-                _add(builder, [output], weights, of_x)
+                half = builder.lshr(lanes, constant(I16, 4 * n, PAIRS))
+                half = builder.and_(half, constant(I16, 15, PAIRS))
+                weights = [builder.sub(half, constant(I16, 8, PAIRS))]
+                _add(builder, [whole], weights, builder.add(x_at, I64(n * len(output) * REGISTER)))
+            at = place(2, [row, index], [types.intp, kind])
+            _add_scaled(builder, output, whole, number_at(builder, at, F32))
         return _sums(context, builder, signature.return_type, found)
 
-    return sums(sums, array, rows, group, x, at), emit
+    return sums(sums, array, scale, rows, group, x, at), emit
 
 
 @intrinsic
@@ -172,13 +152,18 @@ def add_scaled(typing, sums, whole, scales):
         numbers = _vectors(builder, args[1])
         factors = cgutils.unpack_tuple(builder, args[2])
         for output, of_output, scale in zip(found, numbers, factors, strict=True):
-            factor = spread(builder, scale)
-            for k, each in enumerate(of_output):
-                floats = builder.sitofp(each, vector_of(F32, LANES))
-                output[k] = add_floats(builder, output[k], floats, factor)
+            _add_scaled(builder, output, of_output, scale)
         return _sums(context, builder, signature.return_type, found)
 
     return sums(sums, whole, scales), emit
+
+
+def _add_scaled(builder, sums, whole, scale):
+    """Whole numbers times a scale, added to the sums of one output."""
+    factor = spread(builder, scale)
+    for k, each in enumerate(whole):
+        floats = builder.sitofp(each, vector_of(F32, LANES))
+        sums[k] = add_floats(builder, sums[k], floats, factor)
 
 
 @intrinsic
