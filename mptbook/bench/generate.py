@@ -79,14 +79,20 @@ class BenchGenerate(Bench):
                     f"{found[name]['peak_bytes'] / 1e9:.2f} GB at most"
                 )
             taken = self._take_turns(workers, reading)
-        read = statistics.median(speed for times in taken.values() for speed in times[MEMORY])
+        speeds = [speed for times in taken.values() for speed in times[MEMORY]]
+        read, least, most = statistics.median(speeds), min(speeds), max(speeds)
         for name, times in taken.items():
             found[name] |= self._figures(times, found[name].get("weight_bytes"))
-        self._show(found, read)
+        print(
+            f"\nmemory is read at {read / 1e9:.1f} GB/s; it was {least / 1e9:.1f} to "
+            f"{most / 1e9:.1f} while this ran"
+        )
+        self._show(found)
         if self.figure is not None:
             plot(found).savefig(self.figure)
         settings = self.model_dump(mode="json", exclude={"out", "figure"})
-        return {"settings": settings, "bytes_per_second": read, "contestants": found}
+        speed = {"bytes_per_second": read, "bytes_per_second_range": [least, most]}
+        return {"settings": settings, **speed, "contestants": found}
 
     def _take_turns(self, workers: dict[str, Worker], reading: Worker) -> dict:
         """For each contestant, seconds of each question in each round; and the bytes per second
@@ -129,8 +135,7 @@ class BenchGenerate(Bench):
                 found[str(n)]["share_of_memory"] = statistics.median(shares)
         return found
 
-    def _show(self, found: dict, read: float) -> None:
-        print(f"\nmemory is read at {read / 1e9:.1f} GB/s")
+    def _show(self, found: dict) -> None:
         heads = "".join(f"{f'{n} at once':>14} {'noise':>6}" for n in self.sequences)
         print(
             f"{'tokens a second':30}{heads} {'of memory':>10} {f'prompt of {self.long_prompt}':>15}"

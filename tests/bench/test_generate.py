@@ -80,7 +80,8 @@ def test_the_command_measures_draws_and_writes(tmp_path, monkeypatch, capsys):
     assert list(found["contestants"]) == ["mptbook, 8 bits", "transformers' MPT, bfloat16"]
     ours_, peer = found["contestants"].values()
     assert {"1", "2", "prompt", "weight_bytes", "peak_bytes", "seconds"} <= set(ours_)
-    assert found["bytes_per_second"] > 1e8
+    least, most = found["bytes_per_second_range"]
+    assert 1e8 < least <= found["bytes_per_second"] <= most
     assert "share_of_memory" in ours_["1"]
     assert "share_of_memory" not in peer["1"]
     assert "memory is read at" in capsys.readouterr().out
