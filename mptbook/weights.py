@@ -40,6 +40,11 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
     both: dict[str, Tensor] = {}  # of a tied head: some files hold it twice
     for file, stored, tensor in read_tensors(folder):
         name = stored.removeprefix("model.")  # Composer's
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{stored} is of {tensor.dtype} in {file}; weights are float32, bfloat16, float16 "
+                "or float64"
+            )
         if tied and name in ("lm_head.weight", "transformer.wte.weight"):
             both[name] = tensor
         if not (tied and name == "lm_head.weight"):
@@ -52,6 +57,21 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
             f"{folder} has an lm_head.weight that differs from transformer.wte.weight, but its "
             "config.json ties them; write tie_word_embeddings: false there"
         )
+
+
+def finite(name: str, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight in the dtype that another program is to have it in.
+
+    Raises:
+        ValueError: if a number of it is infinite or NaN there; the message names the weight.
+    """
+    found = weight.to(dtype)
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"{name} has numbers that are not finite in {dtype}, the largest of the model "
+            f"{weight.abs().max():g}; take another dtype, or a model that is not damaged"
+        )
+    return found
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,5 +1,6 @@
 """`mptbook export DIR --to TARGET --out OUT`: a model in another form, and what its engine says."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -82,7 +83,8 @@ class Export(RunSettings):
         """What there is to say of the export beside the model.
 
         Raises:
-            ValueError: if an engine in float32 finds another likelihood than ours.
+            ValueError: if an engine in float32 finds another likelihood than ours, or if one in
+                any dtype finds none.
         """
         if self.to == "vllm":
             return "not verified: start vLLM on it, and compare"
@@ -96,9 +98,14 @@ class Export(RunSettings):
         found = verify.compared(folder, prompt, written)
         said = (
             f"of {found.tokens} tokens that {self.to} wrote, {found.same} are those that mptbook "
-            f"finds likeliest; log-probabilities differ by at most {found.difference:.1e} nats"
+            f"finds likeliest, and none is more than {found.behind:.1e} nats behind those; "
         )
-        if dtype in EXACT and found.difference > MOST:
+        told = any(log is not None for _, log in written)
+        apart = f"log-probabilities differ by at most {found.difference:.1e} nats"
+        said += apart if told else "it tells no log-probability of them"
+        # No rounding makes what is no number.
+        most = MOST if dtype in EXACT else sys.float_info.max
+        if not (found.behind <= most and (found.difference <= most or not told)):
             raise ValueError(f"{said}; in {dtype} that is not rounding, so nothing is kept")
         return said
 

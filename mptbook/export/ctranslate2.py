@@ -17,7 +17,7 @@ import torch
 from mptbook.export.source import described, place, token_names
 from mptbook.export.verify import Written, engine
 from mptbook.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
-from mptbook.weights import read_weights
+from mptbook.weights import finite, read_weights
 
 DTYPES = ("float32", "int8", "float16", "bfloat16")
 PLACES = {  # of a block's parts
@@ -56,6 +56,7 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     )
     spec.decoder.scale_embeddings = False
     for name, weight in read_weights(folder, model):
+        finite(name, weight, torch.float16 if dtype == "float16" else torch.float32)
         path, leaf = _place(name)
         owner = specs.model_spec.index_spec(spec.decoder, path)
         setattr(owner, leaf, weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mptbook.export.source import described, place
 from mptbook.model.config import MPTConfig
 from mptbook.tokenizer.tokenizer import Tokenizer
-from mptbook.weights import read_weights
+from mptbook.weights import finite, read_weights
 
 DTYPES = ("fp16", "fp32")
 KINDS = {"fp16": np.float16, "fp32": np.float32}
@@ -58,6 +58,7 @@ def write(folder: Path, out: Path, dtype: str, gpus: int = 1) -> None:
     home.mkdir()
     _write_ini(home, config, dtype, gpus, Tokenizer.load(folder).end_of_text)
     for name, weight in read_weights(folder, model):
+        finite(name, weight, torch.float16 if dtype == "fp16" else torch.float32)
         part, leaf, file = _place(name)
         for number, values in enumerate(_shares(part, leaf, weight, gpus)):
             _file(home, file, part, leaf, number).write_bytes(_bytes(values, dtype))
@@ -71,7 +72,7 @@ def read_back(folder: Path, out: Path) -> float:
     """The largest difference between a weight of a model directory and what `write` wrote of it.
 
     Raises:
-        ValueError: if a file holds more or fewer numbers than its weight.
+        ValueError: if a file holds more or fewer numbers than its weight, or some are not finite.
     """
     (home,) = out.glob("*-gpu")
     ini = configparser.ConfigParser()
@@ -88,6 +89,8 @@ def read_back(folder: Path, out: Path) -> float:
                 raise ValueError(
                     f"{file} holds {found.numel()} numbers, its weight has {expected.numel()}"
                 )
+            if not torch.isfinite(found).all():
+                raise ValueError(f"{file} holds numbers that are not finite; write it again")
             worst = max(worst, float((found - expected.float().flatten()).abs().max()))
     return worst
 

@@ -22,7 +22,7 @@ from mptbook.model.mpt import MPT
 from mptbook.tokenizer import chat
 from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
-from mptbook.weights import read_weights
+from mptbook.weights import finite, read_weights
 
 DTYPES = ("f32", "bf16", "q8_0", "q4_0")
 BLOCK = 32
@@ -75,9 +75,9 @@ def write(folder: Path, out: Path, dtype: str) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, weight in _in_order(folder, model, [name for name, _ in weights]):
+        for name, weight in _in_order(folder, model, [name for name, _ in weights]):
             own = _kind(gguf, weight.shape, kind)
-            writer.write_tensor_data(gguf.quants.quantize(weight.float().numpy(), own))
+            writer.write_tensor_data(gguf.quants.quantize(finite(name, weight).numpy(), own))
     finally:
         writer.close()
 
@@ -85,7 +85,7 @@ def write(folder: Path, out: Path, dtype: str) -> None:
 def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
     """What llama.cpp writes, the likeliest token at each place, as exactly as it can.
 
-    It does not tell the log-probability of a token that ends within a character: that is NaN.
+    It does not tell the log-probability of a token that ends within a character.
     """
     llama = engine("xllamacpp")
     (file,) = out.glob("*.gguf")
@@ -106,7 +106,9 @@ def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
         answer = _ask(server, "/completion", question | {"return_tokens": True})
         (token,) = answer["tokens"]
         told = [each["logprob"] for each in answer.get("completion_probabilities", ())]
-        written.append((token, told[0] if told else math.nan))
+        if told == [None]:  # how JSON writes a number that is none
+            told = [math.nan]
+        written.append((token, told[0] if told else None))
     return written
 
 

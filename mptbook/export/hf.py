@@ -10,7 +10,7 @@ import torch
 
 from mptbook.export.source import copy_about, described
 from mptbook.export.verify import Written
-from mptbook.weights import read_json, read_weights, write_json, write_weights
+from mptbook.weights import finite, read_json, read_weights, write_json, write_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 2_000_000_000  # in memory once, in the new dtype
@@ -28,7 +28,7 @@ def write(folder: Path, out: Path, dtype: str, target: str = "hf") -> None:
 
     def fetch(names: list[str]) -> dict[str, torch.Tensor]:
         wanted = set(names)
-        return {n: w.to(kind) for n, w in read_weights(folder, model) if n in wanted}
+        return {n: finite(n, w, kind) for n, w in read_weights(folder, model) if n in wanted}
 
     write_weights(weights, out, SHARD_BYTES, fetch)
     copy_about(folder, out)

@@ -31,7 +31,7 @@ from mptbook.export.verify import Written, engine
 from mptbook.model.attention import Attention
 from mptbook.model.mpt import MPT, Block
 from mptbook.model.norms import Norm
-from mptbook.weights import read_weights
+from mptbook.weights import finite, read_weights
 
 DTYPES = ("float32",)
 OPSET = 23
@@ -57,7 +57,7 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     graph = Graph(onnx)
     with (out / DATA).open("wb") as data:
         for name, weight in read_weights(folder, model):
-            graph.store(name, weight, data)
+            graph.store(name, finite(name, weight), data)
     _draw(graph, model)
     onnx.save(graph.model(), out / GRAPH)
     copy_about(folder, out)
@@ -120,10 +120,10 @@ class Graph:
         return name
 
     def store(self, name: str, weight: Tensor, data: BinaryIO) -> None:
-        """Append a weight to the file `data`, in float32, and note where it lies."""
+        """Append a float32 weight to the file `data`, and note where it lies."""
         if weight.dim() == 2 and "blocks" in name:
             weight = weight.T  # ONNX multiplies from the right
-        values = weight.float().contiguous().numpy()
+        values = weight.contiguous().numpy()
         data.write(bytes(-data.tell() % ALIGN))
         tensor = self.types(name=name, dims=values.shape, data_type=self.types.FLOAT)
         tensor.data_location = self.types.EXTERNAL

@@ -17,8 +17,8 @@ PROMPT_TOKENS, NEW_TOKENS = 48, 16  # far enough for the slopes of ALiBi to tell
 TEXT = """It was late in the afternoon when the letter came. Nobody had expected it, and for a
 while it lay on the table between the cups, unopened, as if it could be sent back."""
 
-# Tokens, and the log-probability of each, in nats: NaN where an engine does not tell it.
-Written = list[tuple[int, float]]
+# Tokens, and the log-probability of each, in nats: None where an engine does not tell it.
+Written = list[tuple[int, float | None]]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Comparison:
         tokens: that it wrote.
         same: of them, those that ours finds the likeliest at their place too.
         difference: the largest between its log-probability of a token and ours, in nats; NaN
-            if it told none.
+            if it told none, or one that is no number.
+        behind: the nats that a token lies below the one that ours finds likeliest, at most.
     """
 
     tokens: int
     same: int
     difference: float
+    behind: float
 
 
 def some_prompt(tokenizer: Tokenizer | None, model_tokens: int, vocab_size: int) -> list[int]:
@@ -51,15 +53,22 @@ def compare(model: MPT, prompt: Sequence[int], written: Written) -> Comparison:
     """What ours says of tokens that an engine wrote to a prompt, the likeliest at each place.
 
     Ours reads the engine's own tokens, so a difference at one place does not show at the next.
+
+    Raises:
+        ValueError: if what ours says is not finite.
     """
     tokens = torch.tensor([token for token, _ in written])
-    theirs = torch.tensor([log_probability for _, log_probability in written])
     ids = torch.tensor([*prompt, *tokens.tolist()])
     logits = model(ids[None])[0, len(prompt) - 1 : -1].float()
+    if not logits.isfinite().all():
+        raise ValueError("the model gives logits that are not finite; it is damaged")
     ours = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
     same = int((logits.argmax(dim=-1) == tokens).sum())
-    told = [apart for apart in (ours - theirs).abs().tolist() if not math.isnan(apart)]
-    return Comparison(len(written), same, max(told, default=math.nan))
+    behind = float((logits.amax(dim=-1) - logits.gather(1, tokens[:, None])[:, 0]).max())
+    pairs = zip(ours.tolist(), (log for _, log in written), strict=True)
+    told = torch.tensor([abs(own - log) for own, log in pairs if log is not None])
+    difference = float(told.max()) if len(told) else math.nan  # NaN among them is the largest
+    return Comparison(len(written), same, difference, behind)
 
 
 def compared(folder: Path, prompt: Sequence[int], written: Written) -> Comparison:

@@ -40,6 +40,7 @@ from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import (
     check_complete,
     check_shape,
+    finite,
     read_json,
     read_tensors,
     read_weights,
@@ -207,7 +208,7 @@ def _packed(name: str, weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor | Non
 def _stored_tensors(weights, bits, look) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
         if not is_packed(name):
-            yield name, weight.float()
+            yield name, finite(name, weight)
             continue
         both = _packed(name, weight, bits)
         if look is not None:

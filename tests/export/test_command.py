@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import sys
 
@@ -6,9 +7,10 @@ import pytest
 import torch
 from exported_model import export_model_of_width
 
-from mptbook import Tokenizer, save_model
+from mptbook import Tokenizer, load_model, save_model
 from mptbook.__main__ import main
 from mptbook.bench.measure import peak_memory
+from mptbook.export import gguf
 from mptbook.infer.generate import generate
 from mptbook.infer.load import load
 from mptbook.model.config import MPTConfig
@@ -69,6 +71,69 @@ def test_mistakes_are_one_line_and_lose_nothing(folder, capsys):
     assert (folder / "model.safetensors").read_bytes() == weights
     assert (folder.parent / "made" / "model.safetensors").read_bytes() == weights
     assert (folder.parent / "other" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("to", ["int8", "hf", "onnx", "gguf", "ctranslate2", "fastertransformer"])
+@pytest.mark.parametrize("name", ["blocks.1.ffn.up_proj", "blocks.0.norm_1", "wte"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(folder, capsys, to, name, number):
+    model = load_model(folder)
+    with torch.no_grad():
+        weight = model.get_submodule(f"transformer.{name}").weight
+        weight.view(-1)[7] = number
+    save_model(model, folder, Tokenizer.load(folder))
+    out = folder.parent / "out"
+    assert main(["export", str(folder), "--to", to, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert f"transformer.{name}.weight" in error
+    assert ("not finite" in error) or ("infinite or not a number" in error)
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "dtype"), [("hf", "float16"), ("ctranslate2", "float16"), ("fastertransformer", "fp16")]
+)
+def test_a_weight_that_is_too_large_for_a_dtype_is_refused(folder, capsys, to, dtype):
+    model = load_model(folder)
+    with torch.no_grad():
+        model.transformer.blocks[0].ffn.up_proj.weight[1, 2] = 1e5
+    save_model(model, folder, Tokenizer.load(folder))
+    how = ["--to", to, "--dtype", dtype, "--out", str(folder.parent / "out")]
+    assert main(["export", str(folder), *how]) == 2
+    assert "torch.float16, the largest of the model 100000;" in capsys.readouterr().err
+    assert not (folder.parent / "out").exists()
+
+
+def test_an_engine_that_computes_another_model_keeps_nothing(folder, capsys, monkeypatch):
+    out, known = folder.parent / "out", gguf.greedy
+
+    def untold(*asked):
+        return [(token, None) for token, _ in known(*asked)]
+
+    def other(*asked):
+        return [((token + 1) % 290, None) for token, _ in known(*asked)]
+
+    def no_number(*asked):
+        return [(token, math.nan) for token, _ in known(*asked)]
+
+    for greedy, dtype, said in [
+        (
+            other,
+            "f32",
+            "nats behind those; it tells no log-probability of them; in f32 that is not",
+        ),
+        (no_number, "f32", "differ by at most nan nats; in f32 that is not rounding"),
+        (no_number, "q8_0", "differ by at most nan nats; in q8_0 that is not rounding"),
+    ]:
+        monkeypatch.setattr(gguf, "greedy", greedy)
+        how = ["--to", "gguf", "--dtype", dtype, "--out", str(out)]
+        assert main(["export", str(folder), *how]) == 2
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+    monkeypatch.setattr(gguf, "greedy", untold)
+    assert main(["export", str(folder), "--to", "gguf", "--out", str(out)]) == 0
+    assert "it tells no log-probability of them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
