@@ -139,7 +139,7 @@ class Decoder:
             ValueError: see `check`.
         """
         self.check(ids)
-        rows = np.array((slots, lengths, ids))
+        rows = np.array((slots, lengths, ids), np.int64)
         with pytorchs_threads():
             found = step(rows, self.weights, cache, self.slopes, self.shape)
         return self._scaled(found)

@@ -61,7 +61,7 @@ class Engine:
         self._used = [0] * slots.n_slots  # step of its last use
         self._steps = 0
         self._n_ids = len(tokenizer)
-        self._changed, self._stopping = threading.Condition(), False
+        self._changed, self._stopping, self._giving_up = threading.Condition(), False, False
         self._thread: threading.Thread | None = None
 
     @property
@@ -78,7 +78,7 @@ class Engine:
         request.check_fits(self.slots.n_tokens, self._n_ids)
         stream = Stream(request, listener)
         with self._changed:
-            if self._stopping:
+            if self._stopping or not (self._thread is None or self.works):
                 raise Busy("the server is stopping; ask another, or later")
             if len(self.waiting) >= self.queue:
                 raise Busy(f"{len(self.waiting)} requests wait already; ask again later")
@@ -116,8 +116,7 @@ class Engine:
             self._changed.notify()
         assert self._thread is not None, "stop comes after start"
         self._thread.join(seconds)
-        for stream in [one for one, _ in self.waiting] + [one.stream for one in self.running]:
-            stream.cancel()
+        self._giving_up = True  # which its thread sees: only it knows what is being read
         self._thread.join()
 
     def _work(self) -> None:
@@ -133,6 +132,9 @@ class Engine:
                     self._changed.wait()
 
     def _drop_cancelled(self) -> None:
+        if self._giving_up:
+            for stream in [one for one, _ in self.waiting] + [one.stream for one in self.running]:
+                stream.cancel()
         if self.waiting:
             with self._changed:
                 gone = [one for one in self.waiting if one[0].cancelled]
@@ -177,7 +179,11 @@ class Engine:
         return Running.begin(stream, slot, read, born, self.tokenizer)
 
     def _read_chunk(self) -> None:
-        self.counts.reused_tokens += take_over(self.reading[0], self.slots, self.kept)
+        try:
+            self.counts.reused_tokens += take_over(self.reading[0], self.slots, self.kept)
+        except Exception as error:
+            self._fail([self.reading.popleft()], error)
+            return
         rows = read_together(self.reading, self.chunk_tokens)
         one = rows[0]
         try:
@@ -237,14 +243,14 @@ class Engine:
     def _choose(self, rows: list[Running], logits: Tensor) -> None:
         """Choose a token for each of (R, V) logits, say it, and end those whose last it was."""
         # For all at once: each call lets other threads have the interpreter, and waits for it.
-        found = enumerate(likeliest(logits, self._n_ids))
-        for one, (n, best) in zip(rows, found, strict=True):
+        try:
+            found = likeliest(logits, self._n_ids)
+        except Exception as error:
+            self._fail(rows, error)
+            return
+        for one, (n, best) in zip(rows, enumerate(found), strict=True):
             try:
-                if best is None:
-                    raise Unanswered("the model gave logits that are not finite")
-                # To cut out a row takes PyTorch as long as all else that a token still needs here.
-                token = Token(best) if one.plain else one.choose(logits[n, : self._n_ids], best)
-                self._say(one, token)
+                self._say(one, one.choose(best, logits, n, self._n_ids))
             except Exception as error:
                 self._fail([one], error)
 

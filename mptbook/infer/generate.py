@@ -76,7 +76,9 @@ def stream(
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": tuple(stop)}
     request = _request(tokenizer, prompt, max_new_tokens, seed, **how)
     engine, (stream,) = _submit(model, tokenizer, [request])
-    while engine.step():
+    working = True
+    while working:
+        working = engine.step()  # or it has failed, which is to be told
         for piece in stream.ready():
             yield piece.text
 

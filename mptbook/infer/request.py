@@ -12,6 +12,7 @@ from torch import Tensor
 from mptbook.infer.sampling import check_sampling
 
 MOST_LOGPROBS = 20
+NOT_FINITE = "the model gave logits that are not finite"
 
 
 class Busy(Exception):

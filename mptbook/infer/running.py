@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mptbook.infer.request import Piece, Request, Stream, Token
+from mptbook.infer.request import NOT_FINITE, Piece, Request, Stream, Token, Unanswered
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -50,20 +50,29 @@ class Running:
         """Whether its prompt may be read in one pass with others: nothing of it is read yet."""
         return not (self.read or self.alone or self.stream.request.echo)
 
-    @property
-    def plain(self) -> bool:
-        """Whether it wants the likeliest tokens, and to know nothing more of them."""
-        request = self.stream.request
-        return request.temperature == 0 and request.logprobs is None
+    def choose(self, best: int | None, logits: Tensor, row: int, n_ids: int) -> Token:
+        """The next token: the likeliest, or one that is sampled.
 
-    def choose(self, logits: Tensor, best: int) -> Token:
-        """The next token: sampled from (V,) logits, or `best`, the likeliest of them."""
+        Args:
+            best: what `likeliest` says of the row.
+            logits: (R, V), of which this one's are the first n_ids of a row.
+
+        Raises:
+            Unanswered: if they are not finite.
+        """
+        if best is None:
+            raise Unanswered(NOT_FINITE)
         request = self.stream.request
+        if request.temperature == 0 and request.logprobs is None:
+            # To cut out a row takes PyTorch as long as all else that a token still needs.
+            return Token(best)
+        # Where the generator is: a seed gives the same text on any device.
+        own = logits[row, :n_ids].cpu()
         if request.temperature > 0:
             how = {"temperature": request.temperature, "top_k": request.top_k}
             how |= {"top_p": request.top_p, "generator": self.generator}
-            best = int(sample(logits[None], **how))
-        return Token.of(best, logits, request.logprobs)
+            best = int(sample(own[None], **how))
+        return Token.of(best, own, request.logprobs)
 
     def echo(self, chunk: Sequence[int], logits: Tensor) -> None:
         """Say the tokens of a chunk of the prompt, each with what was predicted for it.
@@ -71,6 +80,8 @@ class Running:
         Args:
             logits: (len(chunk), V), after each of them.
         """
+        if not logits.isfinite().all():
+            raise Unanswered(NOT_FINITE)
         n_top, first = self.stream.request.logprobs, self.predicted
         said = [Token(chunk[0]) if first is None else Token.of(chunk[0], first, n_top)]
         rows = zip(chunk[1:], logits[:-1], strict=True)

@@ -1,5 +1,7 @@
 import functools
+import math
 import random
+import threading
 import time
 
 import pytest
@@ -388,6 +390,70 @@ def test_a_fault_while_writing_ends_all_that_were_written_and_the_engine_goes_on
     after = ours.submit(Request((6,), 5))
     run(ours)
     assert finished(after)[1] == alone((6,), 5)
+
+
+def test_a_fault_while_a_beginning_is_taken_over_ends_one_request_and_the_engine_goes_on(
+    monkeypatch,
+):
+    ours, copy = engine(3), Slots.copy
+    beginning = tuple(range(4, 14))
+    good, bad = (ours.submit(Request((*beginning, n), 5)) for n in (20, 21))
+
+    def broken(slots, source, target, length):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "copy", broken)
+        run(ours)
+    with pytest.raises(Unanswered, match="no memory"):
+        list(bad)
+    assert finished(good)[1] == alone((*beginning, 20), 5)
+    assert Slots.copy is copy
+    again = ours.submit(Request((*beginning, 21), 5))
+    run(ours)
+    assert finished(again)[1] == alone((*beginning, 21), 5)
+
+
+def test_a_fault_while_tokens_are_chosen_does_not_end_the_thread(monkeypatch):
+    ours = engine(3)
+    ours.start()
+    with monkeypatch.context() as patch:
+        patch.setattr("mptbook.infer.engine.likeliest", lambda *_: 1 / 0)
+        with pytest.raises(Unanswered, match="division by zero"):
+            list(ours.submit(Request((4, 5), 5)))
+    assert ours.works
+    assert finished(ours.submit(Request((4, 5), 5)))[1] == alone((4, 5), 5)
+    ours.stop()
+    with pytest.raises(Busy, match="stopping"):
+        ours.submit(Request((4, 5), 5))
+
+
+def test_what_is_being_read_while_the_engine_is_stopped_is_given_up_too(monkeypatch):
+    ours, plain, reading = engine(1), Slots.read, threading.Event()
+
+    def slow(slots, slot, ids, every=False):
+        reading.set()
+        time.sleep(0.3)
+        return plain(slots, slot, ids, every)
+
+    monkeypatch.setattr(Slots, "read", slow)
+    stream, waiting = (ours.submit(Request((n,), 50)) for n in (4, 5))
+    ours.start()
+    assert reading.wait(20)
+    ours.stop(0.0)
+    _, ids, finish = finished(stream)
+    assert finish == "cancelled"
+    assert len(ids) < 50
+    assert finished(waiting)[2] == "cancelled"
+
+
+def test_a_prompt_whose_logits_are_not_finite_has_no_scores(monkeypatch):
+    ours, plain = engine(1), Slots.read
+    monkeypatch.setattr(Slots, "read", lambda *given, **how: plain(*given, **how) * math.nan)
+    stream = ours.submit(Request((4, 5, 6), 0, logprobs=1, echo=True))
+    run(ours)
+    with pytest.raises(Unanswered, match="not finite"):
+        list(stream)
 
 
 def test_a_thread_answers_many_and_leaves_nothing_behind():

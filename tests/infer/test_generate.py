@@ -4,6 +4,8 @@ import torch
 from mptbook.infer import generate as module
 from mptbook.infer.cache import KVCache
 from mptbook.infer.generate import generate, stream
+from mptbook.infer.request import Unanswered
+from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
@@ -133,3 +135,9 @@ def test_learned_positions_run_out_with_a_way_out(tokenizer):
     )
     with pytest.raises(ValueError, match="positions end at max_seq_len=5; shorten the text"):
         generate(MPT(config), tokenizer, "a dog ate the hat on the mat")
+
+
+def test_a_stream_tells_a_failure_before_its_first_token(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(Slots, "crop", lambda *_: 1 / 0)
+    with pytest.raises(Unanswered, match="division by zero"):
+        list(stream(model, tokenizer, "the cat", max_new_tokens=3))
