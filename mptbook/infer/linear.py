@@ -45,10 +45,13 @@ def linear_of(layer: nn.Module) -> Linear:
 
 
 def bits_of(numbers: Tensor) -> np.ndarray:
-    """NumPy's view of a tensor; of bfloat16, which it does not know, the bits."""
+    """NumPy's view of a tensor; of bfloat16, which it does not know, the bits.
+
+    Loops have no other fractions than those and float32: of float16 and float64 it is a copy.
+    """
     if numbers.dtype == torch.bfloat16:
         return numbers.view(torch.uint16).numpy()
-    return numbers.numpy() if numbers.dtype != torch.half else numbers.float().numpy()
+    return (numbers.float() if numbers.is_floating_point() else numbers).numpy()
 
 
 def floats(values: Tensor | None) -> np.ndarray:

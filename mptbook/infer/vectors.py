@@ -13,6 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from mptbook.infer.emit import (
@@ -69,6 +70,8 @@ def load(typing, array, rows, column):
         array: of float32, or of uint16, the bits of bfloat16: `LANES` numbers as float32. Or of
             int8: `PAIRS` numbers as int16.
     """
+    if array.dtype not in (types.float32, types.uint16, types.int8):
+        raise TypingError(f"{array}: vectors are of float32, of bfloat16's bits, or of int8")
     kind = SHORT if array.dtype == types.int8 else FLOATS
 
     def vector(builder, place):

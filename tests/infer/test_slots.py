@@ -320,3 +320,14 @@ def test_room_that_was_made_in_inference_mode_is_written_to_outside_of_it():
     slots.copy(0, 1, 2)
     assert torch.equal(slots.keys[:, 1, :, :2], slots.keys[:, 0, :, :2])
     assert slots.lengths == [3, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_other_dtypes_are_read_as_what_they_are(dtype):
+    # Weights that every dtype holds, so that only their reading can differ.
+    exact = copy.deepcopy(model()).half().float()
+    slots = Slots(exact, 1, 9), Slots(copy.deepcopy(exact).to(dtype), 1, 9, "float32")
+    for each in slots:
+        each.read(0, [3, 4, 5])
+    one, other = (each.decode([0], [6]) for each in slots)
+    torch.testing.assert_close(other, one, atol=2e-2, rtol=0)
