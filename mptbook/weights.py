@@ -139,7 +139,10 @@ def _weight_files(folder: Path, wanted: Sequence[str]) -> list[Path]:
             return [folder / single]
         index = folder / f"{single}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+                raise ValueError(f"{index} has no weight_map of names and files; fetch it again")
+            names = sorted(set(places.values()))
             files = [folder / Path(name).name for name in names]
             for file in (file for file in files if not file.is_file()):
                 raise FileNotFoundError(f"{file} is missing, but {index} names it; fetch it")

@@ -350,6 +350,14 @@ class Bomb:
         return print, ("boom",)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"wte": 3}}])
+def test_an_index_that_names_no_files_is_named(saved, index):
+    (saved / "model.safetensors").rename(saved / "model-00001-of-00001.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map of names and files"):
+        load_model(saved)
+
+
 @pytest.mark.parametrize("content", [{"weights": Bomb()}, {"state": {"model": {}}}, [1]])
 def test_a_pickle_that_holds_more_than_tensors_is_refused(saved, capsys, content):
     (saved / "model.safetensors").unlink()

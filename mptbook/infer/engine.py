@@ -294,6 +294,7 @@ class Engine:
             self._give_up(one.stream, error)
 
     def _give_up(self, stream: Stream, error: Exception) -> None:
-        log.error("a request failed", exc_info=error)
         self.counts.end("error")
-        stream.put(Unanswered(str(error) or type(error).__name__))
+        told = error if isinstance(error, Unanswered) else Unanswered(str(error) or repr(error))
+        told.__cause__ = None if told is error else error
+        stream.put(told)

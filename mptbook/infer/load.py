@@ -260,8 +260,15 @@ def _fill(model: MPT, name: str, values: Tensor) -> None:
 
 
 def _stored(folder: Path) -> torch.dtype:
-    """The dtype of the first weight in the files."""
-    return next(iter(read_tensors(folder)))[2].dtype
+    """The dtype of the first weight in the files.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    first = next(iter(read_tensors(folder)), None)
+    if first is None:
+        raise ValueError(f"the files in {folder} hold no weight; fetch them again")
+    return first[2].dtype
 
 
 def _ready(model: MPT, device) -> MPT:

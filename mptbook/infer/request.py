@@ -10,6 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from mptbook.infer.sampling import check_sampling
+from mptbook.settings import Ended
 
 MOST_LOGPROBS = 20
 NOT_FINITE = "the model gave logits that are not finite"
@@ -19,8 +20,10 @@ class Busy(Exception):
     """The queue is full; ask again later."""
 
 
-class Unanswered(Exception):
+class Unanswered(Ended):
     """A request that could not be finished, by no fault of its own."""
+
+    code = 1
 
 
 @dataclass(frozen=True)

@@ -207,37 +207,36 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
 def _check(config: MPTConfig) -> None:
     attn = config.attn_config
     for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if config.d_model % config.n_heads:
-        down = config.d_model - config.d_model % config.n_heads
-        ways = f"{down} or {down + config.n_heads}" if down else f"{config.n_heads}"
-        raise ValueError(
-            f"d_model={config.d_model} does not split into n_heads={config.n_heads}; "
-            f"try d_model={ways}"
-        )
-    if config.norm_type not in NORMS:
-        raise ValueError(f"norm_type is {config.norm_type!r}; it must be one of {', '.join(NORMS)}")
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
+    width, heads = config.d_model, config.n_heads
+    if width % heads:
+        down = width - width % heads
+        ways = f"{down} or {down + heads}" if down else f"{heads}"
+        raise ValueError(f"d_model={width} does not split into n_heads={heads}; try d_model={ways}")
     types = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
-    if attn.attn_type not in types:
-        raise ValueError(f"attn_type is {attn.attn_type!r}; it must be one of {', '.join(types)}")
+    kinds = ("norm_type", config.norm_type, NORMS), ("attn_type", attn.attn_type, types)
+    for name, value, choices in (*kinds, ("attn_impl", attn.attn_impl, BACKENDS)):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     if attn.attn_type == "grouped_query_attention" and not attn.kv_n_heads:
         raise ValueError("grouped_query_attention needs kv_n_heads, a divisor of n_heads")
-    if config.n_heads % config.kv_heads:
+    if attn.attn_type == "multihead_attention" and config.kv_heads != heads:
+        raise ValueError(f"kv_n_heads={attn.kv_n_heads} needs attn_type=grouped_query_attention")
+    if heads % config.kv_heads:
         raise ValueError(
-            f"kv_n_heads={config.kv_heads} does not divide n_heads={config.n_heads}; "
+            f"kv_n_heads={config.kv_heads} does not divide n_heads={heads}; "
             "each key head serves the same number of query heads"
         )
-    if attn.softmax_scale is not None and not attn.softmax_scale > 0:
-        raise ValueError(f"softmax_scale is {attn.softmax_scale}; it must be above 0, or None")
-    if attn.attn_impl not in BACKENDS:
-        raise ValueError(
-            f"attn_impl is {attn.attn_impl!r}; it must be one of {', '.join(BACKENDS)}"
-        )
-    if isinstance(config.logit_scale, str) and config.logit_scale != "inv_sqrt_d_model":
-        raise ValueError(
-            f"logit_scale is {config.logit_scale!r}; it must be a number or inv_sqrt_d_model"
-        )
+    # Other programs take 0 for None.
+    for name in ("softmax_scale", "clip_qkv", "alibi_bias_max"):
+        value = getattr(attn, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0, or left out")
+    scale = config.logit_scale
+    if isinstance(scale, str) and scale != "inv_sqrt_d_model":
+        raise ValueError(f"logit_scale is {scale!r}; it must be a number or inv_sqrt_d_model")
 
 
 RENAMED = {"layer_norm_epsilon": "norm_eps"}

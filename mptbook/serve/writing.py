@@ -1,6 +1,7 @@
 """Choices that are being written, from the engine's thread to the server's loop."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from mptbook.serve.replies import PromptDetails, Usage
 
 DONE = b"data: [DONE]\n\n"
 SECONDS_TO_RETRY = "2"
+log = logging.getLogger(__name__)
 
 
 class Post:
@@ -32,7 +34,13 @@ class Post:
     def listener(self, queue: asyncio.Queue, number: int) -> Callable[[Piece | Unanswered], None]:
         """What the engine tells the pieces of a choice, which come into a queue of this loop."""
         self._loop = asyncio.get_running_loop()
-        return lambda piece: self._pieces.append((queue, (number, piece)))
+
+        def tell(piece: Piece | Unanswered) -> None:
+            if isinstance(piece, Unanswered):
+                log.error("a request failed", exc_info=piece)
+            self._pieces.append((queue, (number, piece)))
+
+        return tell
 
     def deliver(self) -> None:
         """What the engine calls when it has told listeners something."""

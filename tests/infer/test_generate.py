@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from mptbook import Tokenizer, save_model
+from mptbook.__main__ import main
 from mptbook.infer import generate as module
 from mptbook.infer.cache import KVCache
 from mptbook.infer.generate import generate, stream
@@ -141,3 +143,14 @@ def test_a_stream_tells_a_failure_before_its_first_token(model, tokenizer, monke
     monkeypatch.setattr(Slots, "crop", lambda *_: 1 / 0)
     with pytest.raises(Unanswered, match="division by zero"):
         list(stream(model, tokenizer, "the cat", max_new_tokens=3))
+
+
+def test_a_model_that_says_nothing_finite_is_one_line_at_the_command_line(tmp_path, data, capsys):
+    shape = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
+    model = MPT(MPTConfig(**shape))
+    with torch.no_grad():
+        model.transformer.norm_f.weight[3] = float("nan")
+    save_model(model, tmp_path / "m", Tokenizer.load(data))
+    assert main(["generate", str(tmp_path / "m"), "--prompt", "why"]) == 1
+    found = capsys.readouterr().err
+    assert found == "error: the model gave logits that are not finite\n"

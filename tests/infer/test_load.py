@@ -113,6 +113,12 @@ def test_a_damaged_tensor_is_named(folder, tmp_path):
         load(tmp_path / "q")
 
 
+def test_a_file_without_weights_is_named(folder):
+    save_file({}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the files in .*/m hold no weight; fetch them again"):
+        load(folder)
+
+
 def load_with(bytes_, folder, bits, send):
     """Load a model in a process that may take so many bytes more than it has, mapped files in."""
     torch.set_num_threads(1)  # the stacks of others would count

@@ -213,8 +213,8 @@ def test_a_file_that_asks_for_something_else_is_refused(released, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"d_model": 0}, "d_model is 0; it must be at least 1"),
-        ({"n_layers": -1}, "n_layers is -1; it must be at least 1"),
+        ({"d_model": 0}, "d_model is 0; it must be a whole number from 1 on"),
+        ({"n_layers": -1}, "n_layers is -1; it must be a whole number from 1 on"),
         ({"d_model": 100, "n_heads": 12}, "d_model=100 .* n_heads=12; try d_model=96 or 108"),
         ({"d_model": 5, "n_heads": 12}, "try d_model=12$"),
         ({"norm_type": "batchnorm"}, "norm_type is 'batchnorm'; it must be one of layernorm, "),
@@ -224,10 +224,11 @@ def test_a_file_that_asks_for_something_else_is_refused(released, message):
             {"attn_type": "grouped_query_attention", "kv_n_heads": 4},
             "kv_n_heads=4 does not divide n_heads=6",
         ),
-        (
-            {"softmax_scale": 0.0},
-            "softmax_scale is 0.0; it must be above 0, or None",
-        ),
+        ({"kv_n_heads": 2}, "kv_n_heads=2 needs attn_type=grouped_query_attention"),
+        ({"softmax_scale": 0.0}, "softmax_scale is 0.0; it must be above 0, or left out"),
+        ({"clip_qkv": 0}, "clip_qkv is 0; it must be above 0, or left out"),
+        ({"alibi_bias_max": -8}, "alibi_bias_max is -8; it must be above 0, or left out"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a whole number from 1 on"),
         ({"softmax_scale": -0.2}, "softmax_scale is -0.2; it must be above 0"),
         ({"attn_impl": "triton"}, "attn_impl is 'triton'; it must be one of auto, reference"),
         ({"logit_scale": "sqrt"}, "logit_scale is 'sqrt'; it must be a number or inv_sqrt_d_model"),
