@@ -13,11 +13,13 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mptbook.model.config import MPTConfig
@@ -126,6 +128,9 @@ def require_absent(path: str | os.PathLike[str]) -> None:
 def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
     """A folder to write a model directory into, which gets the place of `path` at the end.
 
+    What fails in between leaves nothing behind, and an error of the system that names no file
+    gets the name of the folder.
+
     Raises:
         ValueError: if `path` exists and `replace` is not set, or if it is not a model directory,
             or holds other files too.
@@ -134,34 +139,62 @@ def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Itera
     if not replace:
         require_absent(path)
     _refuse_to_replace(folder, path)
+    missing = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh, replaced = Path(scratch, "fresh"), Path(scratch, "replaced")
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            folder.rename(replaced)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(folder)
-            raise
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            fresh, replaced = Path(scratch, "fresh"), Path(scratch, "replaced")
+            fresh.mkdir()
+            yield fresh
+            if folder.exists():
+                folder.rename(replaced)
+            try:
+                fresh.rename(folder)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(folder)
+                raise
+    except BaseException as error:
+        for parent in missing:
+            with suppress(OSError):  # somebody else's files are in it by now
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_config(folder: Path) -> MPTConfig:
     """The shape that the `config.json` of a model directory describes."""
     file = folder / "config.json"
     released = read_json(file)
-    if "quantization_config" in released:
+    if released.get("quantization_config") is not None:
         raise ValueError(
             f"{folder} has weights packed in fewer bits, which generate, ask, serve and evaluate "
             "read (mptbook.infer.load); for anything else take the model that it was made of"
         )
+    return parse_config(file, released)
+
+
+def parse_config(file: Path, released: dict[str, Any]) -> MPTConfig:
+    """The shape that the content of a file describes; errors name the file."""
+    released = {key: value for key, value in released.items() if key != "quantization_config"}
     try:
-        return MPTConfig.from_hf(released)
+        config = MPTConfig.from_hf(released)
+        for part in (config, config.attn_config, config.init_config):
+            _check_types(part)
+        return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _check_types(part: Any) -> None:
+    for each in fields(part):
+        value = getattr(part, each.name)
+        try:
+            TypeAdapter(each.type).validate_python(value, strict=True)
+        except ValidationError:
+            kind = each.type.__name__ if isinstance(each.type, type) else each.type
+            raise ValueError(f"{each.name} is {value!r}; it must be {kind}") from None
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path:

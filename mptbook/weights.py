@@ -49,7 +49,7 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
             both[name] = tensor
         if not (tied and name == "lm_head.weight"):
             check_shape(stored, tensor, wanted.pop(name, None), file)
-            yield name, tensor
+            yield name, tensor.contiguous()  # pickles may hold it transposed
     check_complete(folder, wanted)
     head, embedding = both.get("lm_head.weight"), both.get("transformer.wte.weight")
     if head is not None and not torch.equal(head.to(embedding), embedding):

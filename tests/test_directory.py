@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from mptbook.directory import load_model, save_model
+from mptbook.directory import fresh_directory, load_model, save_model
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -145,6 +145,18 @@ def test_pickled_weights_are_read(saved, prefix, shards):
     assert_same(load_model(saved), build())
 
 
+def test_pickled_weights_may_lie_transposed(saved):
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    matrices = {
+        name: weight.T.contiguous().T for name, weight in weights.items() if weight.dim() > 1
+    }
+    torch.save(weights | matrices, saved / "pytorch_model.bin")
+    model = load_model(saved)
+    assert_same(model, build())
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
 def test_a_repeated_tied_head_is_passed_over(saved):
     rewrite(saved, lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].clone()})
     assert_same(load_model(saved), build())
@@ -261,6 +273,23 @@ def test_a_loaded_model_does_not_depend_on_its_file(saved):
     with (saved / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * (saved / "model.safetensors").stat().st_size)
     assert_same(model, build())
+
+
+@pytest.mark.parametrize("found", [OSError(28, "No space left on device"), ValueError("no")])
+def test_what_fails_takes_the_folders_along_that_it_made(tmp_path, found):
+    (tmp_path / "old").mkdir()
+    out = tmp_path / "old" / "new" / "newer" / "m"
+
+    def fail():
+        with fresh_directory(out) as fresh:
+            (fresh / "half").write_text("of it")
+            raise found
+
+    with pytest.raises(type(found)) as caught:
+        fail()
+    assert not any((tmp_path / "old").iterdir())
+    if isinstance(found, OSError):
+        assert str(caught.value) == f"[Errno 28] No space left on device: '{out}'"
 
 
 def test_saving_into_an_empty_folder_is_allowed(tmp_path):

@@ -19,6 +19,7 @@ from mptbook.directory import (
     find_directory,
     fresh_directory,
     load_model,
+    parse_config,
     read_config,
     write_about,
 )
@@ -96,7 +97,7 @@ def load(
 
 def is_packed_directory(path: str | os.PathLike[str]) -> bool:
     """Whether a model directory, or a run, holds packed weights; for paths as of `load`."""
-    return "quantization_config" in read_json(find_directory(path) / "config.json")
+    return read_json(find_directory(path) / "config.json").get("quantization_config") is not None
 
 
 def save_packed(
@@ -109,15 +110,15 @@ def save_packed(
 
     Args:
         path: a model directory whose weights are not packed.
-        out: the new directory; it gets its place when all of it is written.
+        out: the new directory; it gets its place when all of it is written, and read back.
         bits: 8 or 4.
-        look: see `mptbook.infer.quantize.quantize`.
+        look: see `mptbook.infer.quantize.quantize`; it is told of what the new files hold.
 
     Raises:
-        ValueError: see `pack`; also if `out` exists.
+        ValueError: see `pack`; also if `out` exists, or if files hold other weights than those.
     """
     folder = find_directory(path)
-    if "quantization_config" in read_json(folder / "config.json"):
+    if is_packed_directory(folder):
         raise ValueError(f"{path} has packed weights already; pack the model that it was made of")
     config = read_config(folder)
     with torch.device("meta"):
@@ -125,7 +126,10 @@ def save_packed(
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     template = ChatTemplate.load(folder) if (folder / chat.FILE).is_file() else None
     with fresh_directory(out, replace=False) as fresh:
-        _write_shards(_stored_tensors(read_weights(folder, model), bits, look), fresh)
+        _write_shards(_stored_tensors(read_weights(folder, model), bits), fresh)
+        for name, error in _read_back(read_weights(folder, model), fresh, bits):
+            if look is not None:
+                look(name, error)
         write_about(fresh, config, torch.float32, tokenizer, template)
         about = read_json(fresh / "config.json")
         how = {"quant_method": "mptbook", "bits": bits, "group": GROUP}
@@ -168,33 +172,40 @@ def _load_packed(folder: Path, about: dict, how: Any, bits: Bits | None, device)
             f"{folder}/config.json has the quantization_config {how}; only what `mptbook export "
             "--to int8` or int4 wrote can be read"
         )
-    stored = how["bits"]
+    stored = how.get("bits")
+    if (stored, how.get("group")) not in ((8, GROUP), (4, GROUP)):
+        raise ValueError(
+            f"{folder}/config.json has the quantization_config {how}; bits are 8 or 4, and groups "
+            f"of {GROUP}; fetch or write the directory again"
+        )
     if bits not in (None, stored):
         raise ValueError(
             f"{folder} has weights of {stored} bits, and {bits} are asked for; pack the model that "
             "it was made of"
         )
-    del about["quantization_config"]
-    config = MPTConfig.from_hf(about)
     with torch.device("meta"):
-        model = MPT(config)
+        model = MPT(parse_config(folder / "config.json", about))
         wanted = {}
         for name, weight in [*model.named_parameters()]:
             if is_packed(name):
                 packed, scale = packed_like(weight, stored)
                 _replace(model, name, packed, scale, "meta")
-                parts = dict(zip(PARTS[stored], (packed, scale), strict=False))
-                owner = name.removesuffix("weight")
-                wanted |= {owner + part: tuple(each.shape) for part, each in parts.items()}
+                wanted |= zip(_parts(name, stored), (packed, scale), strict=True)
             else:
-                wanted[name] = tuple(weight.shape)
+                wanted[name] = weight
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     for file, name, tensor in read_tensors(folder, (PACKED,)):
-        check_shape(name, tensor, wanted.pop(name, None), file)
+        check_shape(name, tensor, shapes.pop(name, None), file)
+        if tensor.dtype != wanted[name].dtype:
+            raise ValueError(
+                f"{name} is of {tensor.dtype} in {file}, and weights of {stored} bits have "
+                f"{wanted[name].dtype} there; fetch or write the directory again"
+            )
         owner, _, leaf = name.rpartition(".")
         kept = tensor.to(device, copy=True)
         module = model.get_submodule(owner)
         setattr(module, leaf, kept if leaf in module._buffers else nn.Parameter(kept, False))
-    check_complete(folder, wanted)
+    check_complete(folder, shapes)
     return _ready(model, device)
 
 
@@ -205,16 +216,26 @@ def _packed(name: str, weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor | Non
         raise ValueError(f"{name}: {error}") from None
 
 
-def _stored_tensors(weights, bits, look) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(weights, bits) -> Iterator[tuple[str, Tensor]]:
     for name, weight in weights:
-        if not is_packed(name):
+        if is_packed(name):
+            yield from zip(_parts(name, bits), _packed(name, weight, bits), strict=True)
+        else:
             yield name, finite(name, weight)
-            continue
-        both = _packed(name, weight, bits)
-        if look is not None:
-            look(name, relative_error(weight, *both))
-        for part, tensor in zip(PARTS[bits], both, strict=True):
-            yield name.removesuffix("weight") + part, tensor
+
+
+def _read_back(weights, folder: Path, bits: Bits) -> Iterator[tuple[str, float]]:
+    """Name and error of each packed weight, as the files in a folder hold it."""
+    stored = {name: tensor for _, name, tensor in read_tensors(folder, (PACKED,))}
+    for name, weight in weights:
+        if is_packed(name):
+            yield name, relative_error(weight, *(stored[part] for part in _parts(name, bits)))
+        elif not torch.equal(stored[name], weight.float()):
+            raise ValueError(f"the new files hold another {name} than the model; write them again")
+
+
+def _parts(name: str, bits: Bits) -> list[str]:
+    return [name.removesuffix("weight") + part for part in PARTS[bits]]
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:

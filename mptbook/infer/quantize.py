@@ -91,7 +91,9 @@ def _pack_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError("a weight is infinite or not a number, which no scale can hold")
     if bits == 8:
         scale = weight.abs().amax(1) / 127
-        return (weight / _nonzero(scale)[:, None]).round_().to(torch.int8), scale
+        whole = (weight / _nonzero(scale)[:, None]).round_()
+        # A scale so small that float32 rounds it may give more than 127.
+        return whole.clamp_(-127, 127).to(torch.int8), scale
     groups = weight.unflatten(1, (-1, GROUP))  # (rows, G, GROUP)
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))[..., 0]
     scale = largest / -8

@@ -12,7 +12,7 @@ from mptbook import load_model, save_model
 from mptbook.bench.measure import process_bytes
 from mptbook.infer import load as load_module
 from mptbook.infer import quantize as quantize_module
-from mptbook.infer.load import load, save_packed, weight_bytes
+from mptbook.infer.load import is_packed_directory, load, save_packed, weight_bytes
 from mptbook.infer.quantize import PackedLinear, quantize
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -111,6 +111,72 @@ def test_a_damaged_tensor_is_named(folder, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"packed\.safetensors is damaged"):
         load(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "has the quantization_config {'quant"),
+        ({"quantization_config": {"quant_method": "mptbook"}}, "bits are 8 or 4, and groups of 64"),
+        (
+            {"quantization_config": {"quant_method": "mptbook", "bits": "8", "group": 64}},
+            "bits are 8 or 4, and groups of 64; fetch or write the directory again",
+        ),
+        (
+            {"quantization_config": {"quant_method": "mptbook", "bits": 4, "group": 32}},
+            "bits are 8 or 4, and groups of 64",
+        ),
+        ({"d_model": "wide"}, r"config\.json: d_model is 'wide'; it must be a whole number"),
+        ({"expansion_ratio": None}, r"config\.json: expansion_ratio is None; it must be float"),
+        ({"attn_config": {"alibi": "yes"}}, r"config\.json: alibi is 'yes'; it must be bool"),
+    ],
+)
+def test_a_damaged_description_of_packed_weights_is_named(folder, tmp_path, about, message):
+    save_packed(folder, tmp_path / "q", 8)
+    file = tmp_path / "q" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | about))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("packed", torch.float32), ("packed", torch.uint8), ("scale", torch.half)]
+)
+def test_packed_weights_of_another_dtype_are_named(folder, tmp_path, part, dtype):
+    save_packed(folder, tmp_path / "q", 8)
+    weights = load_file(tmp_path / "q" / "packed.safetensors")
+    name = f"transformer.blocks.1.attn.Wqkv.{part}"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, tmp_path / "q" / "packed.safetensors")
+    with pytest.raises(ValueError, match=rf"Wqkv\.{part} is of {dtype} in .*, and weights of 8 bi"):
+        load(tmp_path / "q")
+
+
+def test_a_quantization_of_null_is_none(folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": None}))
+    assert not is_packed_directory(folder)
+    assert torch.equal(logits(load(folder)), logits(load_model(folder)))
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.packed", "transformer.norm_f.weight"])
+def test_what_is_written_is_read_back(folder, tmp_path, monkeypatch, name):
+    kept, slipped, write = {}, {}, load_module.write_tensors
+
+    def slips(tensors, file):
+        write(tensors | {name: tensors[name] // 2}, file)
+
+    save_packed(folder, tmp_path / "q", 8, kept.__setitem__)
+    assert kept["transformer.wte.weight"] < 0.01
+    monkeypatch.setattr(load_module, "write_tensors", slips)
+    if name.endswith("packed"):
+        save_packed(folder, tmp_path / "slipped", 8, slipped.__setitem__)
+        assert slipped.pop("transformer.wte.weight") > 0.4
+        assert slipped.items() < kept.items()
+        return
+    with pytest.raises(ValueError, match=f"the new files hold another {name} than the model"):
+        save_packed(folder, tmp_path / "slipped", 8)
+    assert not (tmp_path / "slipped").exists()
 
 
 def test_a_file_without_weights_is_named(folder):

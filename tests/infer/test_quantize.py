@@ -142,6 +142,14 @@ def test_errors_are_reported_for_every_layer():
     assert all(0.05 < error < 0.15 for error in seen.values())
 
 
+def test_rows_of_the_smallest_numbers_keep_their_sign():
+    # The scale is 1.4 of the smallest number that there is, and rounded to 1.
+    weight = torch.tensor([[178.0, -178.0, 3.0, 0.0]]) * 2.0**-149
+    packed, scale = pack(weight, 8)
+    assert scale.item() == 2.0**-149
+    assert packed.tolist() == [[127, -127, 3, 0]]
+
+
 def test_scales_keep_their_digits_whatever_the_model_is_cast_to():
     packed = quantize(fresh(), 8)
     before = packed.transformer.wte.scale.clone()
