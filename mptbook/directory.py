@@ -128,8 +128,7 @@ def require_absent(path: str | os.PathLike[str]) -> None:
 def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
     """A folder to write a model directory into, which gets the place of `path` at the end.
 
-    What fails in between leaves nothing behind, and an error of the system that names no file
-    gets the name of the folder.
+    What fails in between leaves nothing behind.
 
     Raises:
         ValueError: if `path` exists and `replace` is not set, or if it is not a model directory,
@@ -154,12 +153,10 @@ def fresh_directory(path: str | os.PathLike[str], replace: bool = True) -> Itera
                 if replaced.exists():
                     replaced.rename(folder)
                 raise
-    except BaseException as error:
+    except BaseException:
         for parent in missing:
             with suppress(OSError):  # somebody else's files are in it by now
                 parent.rmdir()
-        if isinstance(error, OSError) and error.errno and error.filename is None:
-            error.filename = str(path)
         raise
 
 

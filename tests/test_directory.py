@@ -275,21 +275,18 @@ def test_a_loaded_model_does_not_depend_on_its_file(saved):
     assert_same(model, build())
 
 
-@pytest.mark.parametrize("found", [OSError(28, "No space left on device"), ValueError("no")])
-def test_what_fails_takes_the_folders_along_that_it_made(tmp_path, found):
+def test_what_fails_takes_the_folders_along_that_it_made(tmp_path):
     (tmp_path / "old").mkdir()
     out = tmp_path / "old" / "new" / "newer" / "m"
 
     def fail():
         with fresh_directory(out) as fresh:
             (fresh / "half").write_text("of it")
-            raise found
+            raise KeyboardInterrupt
 
-    with pytest.raises(type(found)) as caught:
+    with pytest.raises(KeyboardInterrupt):
         fail()
     assert not any((tmp_path / "old").iterdir())
-    if isinstance(found, OSError):
-        assert str(caught.value) == f"[Errno 28] No space left on device: '{out}'"
 
 
 def test_saving_into_an_empty_folder_is_allowed(tmp_path):

@@ -73,7 +73,12 @@ class Export(RunSettings):
             raise ValueError(f"dtype is {dtype!r}; {self.to} has {' and '.join(engine.DTYPES)}")
         with fresh_directory(self.out, replace=False) as fresh:
             how = {"vllm": ("vllm",), "fastertransformer": (self.gpus,)}.get(self.to, ())
-            engine.write(folder, fresh, dtype, *how)
+            try:
+                engine.write(folder, fresh, dtype, *how)
+            except OSError as error:
+                if error.filename is not None:
+                    raise
+                raise OSError(f"cannot write {self.out}: {error}") from error
             said = self._verified(folder, fresh, dtype) if self.verify else "not verified"
         size = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
         print(f"{self.to}, {dtype}, {size / 1e6:,.1f} MB, in {self.out}")
@@ -87,14 +92,16 @@ class Export(RunSettings):
                 any dtype finds none.
         """
         if self.to == "vllm":
-            return "not verified: start vLLM on it, and compare"
+            hf.read_config(out)
+            return "transformers reads the configuration; start vLLM on it, and compare"
         if self.to == "fastertransformer":
             worst = fastertransformer.read_back(folder, out)
             return f"read back: weights differ by at most {worst:.1e}"
         config = read_config(folder)
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-        prompt = verify.some_prompt(tokenizer, config.max_seq_len, config.vocab_size)
-        written = ENGINES[self.to].greedy(out, prompt, verify.NEW_TOKENS)
+        asked = verify.some_prompt(tokenizer, config.max_seq_len, config.vocab_size)
+        prompt, _ = asked
+        written = ENGINES[self.to].greedy(out, *asked)
         found = verify.compared(folder, prompt, written)
         said = (
             f"of {found.tokens} tokens that {self.to} wrote, {found.same} are those that mptbook "

@@ -56,7 +56,8 @@ def write(folder: Path, out: Path, dtype: str) -> None:
     )
     spec.decoder.scale_embeddings = False
     for name, weight in read_weights(folder, model):
-        finite(name, weight, torch.float16 if dtype == "float16" else torch.float32)
+        found = finite(name, weight, torch.float16 if dtype == "float16" else torch.float32)
+        weight = found if weight.dtype == torch.float64 else weight  # which it does not know
         path, leaf = _place(name)
         owner = specs.model_spec.index_spec(spec.decoder, path)
         setattr(owner, leaf, weight)

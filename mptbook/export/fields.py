@@ -29,6 +29,7 @@ HONOURED = {
     ),
     "fastertransformer": frozenset("no_bias norm_eps expansion_ratio tie_word_embeddings".split()),
 }
+WHOLE = {"vllm": ("alibi_bias_max", "expansion_ratio")}  # numbers that must be whole
 
 
 def unusual(config: MPTConfig) -> dict[str, tuple[Any, Any]]:
@@ -58,14 +59,23 @@ def unusual(config: MPTConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse(config: MPTConfig, target: str) -> None:
-    """Raise a ValueError for the fields that the readers of `target` would pass over."""
+    """Raise a ValueError for the fields that the readers of `target` pass over, or refuse."""
     found = unusual(config)
-    lost = {name: both for name, both in found.items() if name not in HONOURED[target]}
-    if lost:
-        given = " and ".join(f"{name}={value}" for name, (value, _) in lost.items())
-        taken = " and ".join(f"{name}={usual}" for name, (_, usual) in lost.items())
-        can = [other for other, known in HONOURED.items() if known >= found.keys()]
-        raise ValueError(
-            f"{target} cannot express {given} and would compute {taken} instead; export to "
-            f"{' or '.join(can)}, or serve it with mptbook"
-        )
+    unknown, broken = _lost(found, target)
+    lost = unknown or broken
+    if not lost:
+        return
+    given = " and ".join(f"{name}={found[name][0]}" for name in lost)
+    taken = " and ".join(f"{name}={found[name][1]}" for name in lost)
+    instead = f" and would compute {taken} instead" if unknown else ", only whole numbers"
+    can = [other for other in HONOURED if not any(_lost(found, other))]
+    raise ValueError(
+        f"{target} cannot express {given}{instead}; export to {' or '.join(can)}, or serve it with "
+        "mptbook"
+    )
+
+
+def _lost(found: dict[str, tuple[Any, Any]], target: str) -> tuple[list[str], list[str]]:
+    """Of unusual fields, those that a target does not know, and those that are fractions to it."""
+    unknown = [name for name in found if name not in HONOURED[target]]
+    return unknown, [name for name in WHOLE.get(target, ()) if name in found and found[name][0] % 1]

@@ -174,6 +174,7 @@ def _add_vocabulary(writer, gguf, folder: Path, n_ids: int) -> None:
             f"{folder}/tokenizer.json splits texts by {split}; llama.cpp would split them as GPT-2 "
             "does, so export to another target"
         )
+    names = token_names(tokenizer, n_ids, "[PAD{}]")
     types = [
         gguf.TokenType.NORMAL if id < len(tokenizer) else gguf.TokenType.UNUSED
         for id in range(n_ids)
@@ -182,7 +183,7 @@ def _add_vocabulary(writer, gguf, folder: Path, n_ids: int) -> None:
         types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("mpt")
-    writer.add_token_list(token_names(tokenizer, n_ids, "[PAD{}]"))
+    writer.add_token_list(names)
     writer.add_token_types(types)
     writer.add_token_merges(
         [m if isinstance(m, str) else " ".join(m) for m in about["model"]["merges"]]

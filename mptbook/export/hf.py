@@ -10,6 +10,7 @@ import torch
 
 from mptbook.export.source import copy_about, described
 from mptbook.export.verify import Written
+from mptbook.model.config import MPTConfig
 from mptbook.weights import finite, read_json, read_weights, write_json, write_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,9 +33,36 @@ def write(folder: Path, out: Path, dtype: str, target: str = "hf") -> None:
 
     write_weights(weights, out, SHARD_BYTES, fetch)
     copy_about(folder, out)
-    released = read_json(folder / "config.json") | model.config.to_hf()
-    released |= {"architectures": ["MptForCausalLM"], "dtype": dtype}
-    write_json(out / "config.json", released)
+    # Of a released directory: code that is not copied, and the dtype of its weights.
+    given = read_json(folder / "config.json")
+    kept = {key: value for key, value in given.items() if key not in ("auto_map", "torch_dtype")}
+    about = {"architectures": ["MptForCausalLM"], "dtype": dtype}
+    write_json(out / "config.json", kept | _accepted(model.config).to_hf() | about)
+
+
+def _accepted(config: MPTConfig) -> MPTConfig:
+    """The same function in the words that these readers accept.
+
+    vLLM asks for one norm_type, whose precision is its own affair, and for no kv_n_heads; dropout,
+    which is of training, must be a whole number for transformers.
+    """
+    changes = {"attn_type": "multihead_attention", "kv_n_heads": None, "attn_pdrop": 0}
+    return config.replace(norm_type="low_precision_layernorm", **changes)
+
+
+def read_config(out: Path) -> None:
+    """Have transformers read the configuration.
+
+    Raises:
+        ValueError: if it refuses.
+    """
+    from transformers import MptConfig
+
+    try:
+        MptConfig.from_pretrained(out, local_files_only=True)
+    except Exception as error:  # its checks have errors of their own
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers does not accept the configuration: {reason}") from error
 
 
 @torch.inference_mode()
@@ -44,6 +72,7 @@ def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
 
     from mptbook.hf import bars_on_a_terminal_only
 
+    read_config(out)
     with bars_on_a_terminal_only():
         model = MptForCausalLM.from_pretrained(out, local_files_only=True).eval()
     answer = model.generate(

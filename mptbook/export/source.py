@@ -6,6 +6,7 @@ import torch
 
 from mptbook.directory import ABOUT, read_config
 from mptbook.export.fields import refuse
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ def token_names(tokenizer: Tokenizer, n_ids: int, missing: str) -> list[str]:
     Args:
         missing: with a place for the id, as `[PAD{}]`.
     """
+    check_vocabulary(tokenizer, n_ids)
     known = {id: name for name, id in tokenizer.backend.get_vocab().items()}
     return [known.get(id, missing.format(id)) for id in range(n_ids)]
 

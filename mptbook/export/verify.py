@@ -39,13 +39,16 @@ class Comparison:
     behind: float
 
 
-def some_prompt(tokenizer: Tokenizer | None, model_tokens: int, vocab_size: int) -> list[int]:
-    """A prompt that leaves room for an answer in a model of so many tokens."""
-    n_tokens = max(1, min(PROMPT_TOKENS, model_tokens - NEW_TOKENS))
+def some_prompt(
+    tokenizer: Tokenizer | None, model_tokens: int, vocab_size: int
+) -> tuple[list[int], int]:
+    """A prompt for a model of so many tokens, and how many there is room for after it."""
+    new_tokens = max(1, min(NEW_TOKENS, model_tokens - 1))
+    n_tokens = max(1, min(PROMPT_TOKENS, model_tokens - new_tokens))
     if tokenizer is not None:
-        return tokenizer.encode(TEXT)[:n_tokens]
+        return tokenizer.encode(TEXT)[:n_tokens], new_tokens
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (n_tokens,), generator=generator).tolist()
+    return torch.randint(vocab_size, (n_tokens,), generator=generator).tolist(), new_tokens
 
 
 @torch.inference_mode()
@@ -58,8 +61,8 @@ def compare(model: MPT, prompt: Sequence[int], written: Written) -> Comparison:
         ValueError: if what ours says is not finite.
     """
     tokens = torch.tensor([token for token, _ in written])
-    ids = torch.tensor([*prompt, *tokens.tolist()])
-    logits = model(ids[None])[0, len(prompt) - 1 : -1].float()
+    ids = torch.tensor([*prompt, *tokens[:-1].tolist()])
+    logits = model(ids[None])[0, len(prompt) - 1 :].float()
     if not logits.isfinite().all():
         raise ValueError("the model gives logits that are not finite; it is damaged")
     ours = logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]

@@ -13,6 +13,7 @@ from mptbook.infer.load import BitsSetting, load
 from mptbook.infer.request import Request, Stream
 from mptbook.infer.sampling import check_sampling
 from mptbook.infer.slots import CHUNK, Slots
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """The continuation of each prompt, without the prompt.
 
@@ -42,14 +43,14 @@ def generate(
         max_new_tokens: tokens at most.
         temperature, top_k, top_p: see `mptbook.infer.sampling.sample`.
         seed: the same seed gives the same text, to each prompt by its place.
-        stop: strings that end a continuation, and are no part of it.
+        stop: a string that ends a continuation, and is no part of it; or several.
 
     Raises:
         ValueError: if a sampling value is out of its range, or a model with learned positions
             runs out of them.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": tuple(stop)}
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
     requests = [
         _request(tokenizer, prompt, max_new_tokens, seed + row, **how)
         for row, prompt in enumerate(prompts)
@@ -67,13 +68,13 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
 ) -> Iterator[str]:
     """As `generate` for one prompt, but the text comes in pieces, as soon as it is certain.
 
     A token may end within a character; such a piece waits for the rest of it.
     """
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": tuple(stop)}
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
     request = _request(tokenizer, prompt, max_new_tokens, seed, **how)
     engine, (stream,) = _submit(model, tokenizer, [request])
     working = True
@@ -94,7 +95,7 @@ def complete(model: MPT, tokenizer: Tokenizer, requests: Sequence[Request]) -> l
     """The answers to requests, in their order; up to `SIDE_BY_SIDE` are written at once.
 
     Raises:
-        ValueError: if a model with learned positions runs out of them.
+        ValueError: if a model with learned positions runs out of them, or lacks ids.
         Unanswered: if a request could not be finished.
     """
     if not requests:
@@ -116,6 +117,7 @@ def _submit(
 ) -> tuple[Engine, list[Stream]]:
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     config = model.config
+    check_vocabulary(tokenizer, config.vocab_size)
     if config.has_positions and longest > config.max_seq_len:
         raise ValueError(
             f"{longest} tokens, but learned positions end at max_seq_len={config.max_seq_len}; "
@@ -126,10 +128,13 @@ def _submit(
     return engine, [engine.submit(request) for request in requests]
 
 
-def _request(tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, **how) -> Request:
+def _request(
+    tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int, stop, **how
+) -> Request:
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     ids = tuple(tokenizer.encode(prompt)) or (tokenizer.end_of_text,)
     ends = frozenset({tokenizer.end_of_text})
-    return Request(ids, max_new_tokens, seed=seed, stop_ids=ends, **how)
+    return Request(ids, max_new_tokens, seed=seed, stop=stop, stop_ids=ends, **how)
 
 
 class Generate(RunSettings):

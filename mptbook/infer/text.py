@@ -61,3 +61,12 @@ class TextStream:
                 return text[:-size]
         self._held = ""
         return text
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise a ValueError if a tokenizer has ids that a model lacks."""
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the model {vocab_size}; take the tokenizer "
+            "that it was trained with"
+        )

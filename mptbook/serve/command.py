@@ -18,6 +18,7 @@ from mptbook.directory import find_directory
 from mptbook.infer.engine import Engine
 from mptbook.infer.load import BitsSetting, load, weight_bytes
 from mptbook.infer.slots import CacheDtype, Slots
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.serve.limits import Limits
 from mptbook.settings import RunSettings
@@ -222,11 +223,7 @@ def check_model(model: MPT, folder: Path, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: if a weight is not finite, or the tokenizer has ids that the model lacks.
     """
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model "
-            f"{model.config.vocab_size}; take the tokenizer that it was trained with"
-        )
+    check_vocabulary(tokenizer, model.config.vocab_size)
     state: dict[str, Any] = model.state_dict()
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -1,11 +1,13 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from exported_model import export_model_of_width
+from safetensors.torch import load_file, save_file
 
 from mptbook import Tokenizer, load_model, save_model
 from mptbook.__main__ import main
@@ -145,7 +147,7 @@ def test_an_engine_that_computes_another_model_keeps_nothing(folder, capsys, mon
         ("gguf", "q8_0", "of 16 tokens that gguf wrote, "),
         ("ctranslate2", "", "of 16 tokens that ctranslate2 wrote, 16"),
         ("fastertransformer", "fp32", "read back: weights differ by at most 0.0e+00"),
-        ("vllm", "", "not verified: start vLLM on it"),
+        ("vllm", "", "transformers reads the configuration; start vLLM on it, and compare"),
     ],
 )
 def test_an_export_says_what_its_engine_makes_of_it(folder, capsys, target, dtype, said):
@@ -154,6 +156,67 @@ def test_an_export_says_what_its_engine_makes_of_it(folder, capsys, target, dtyp
     assert main(["export", str(folder), "--to", target, "--out", str(out), *how]) == 0
     assert said in capsys.readouterr().out
     assert any(out.rglob("*"))
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "gguf", "ctranslate2"])
+@pytest.mark.parametrize(("tokens", "table"), [(2, False), (3, True), (16, False), (17, True)])
+def test_models_of_few_tokens_are_verified_as_far_as_they_go(
+    tmp_path, capsys, target, tokens, table
+):
+    fields = {"alibi": False} if table and target != "hf" else {}
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=1, max_seq_len=tokens, vocab_size=300)
+    tokenizer = train_bpe(["the cat sat on the mat\n"] * 5, 290)
+    save_model(MPT(config.replace(**fields)), tmp_path / "m", tokenizer)
+    how = ["--to", target, "--out", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path / "m"), *how]) == 0
+    n = max(1, min(16, tokens - 1))
+    assert f"of {n} tokens that {target} wrote, {n} are" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "gguf", "ctranslate2", "fastertransformer"])
+@pytest.mark.parametrize("kind", ["float64", "transposed"])
+def test_weights_may_be_float64_or_lie_transposed(folder, capsys, target, kind):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if kind == "float64":
+        save_file({name: weight.double() for name, weight in weights.items()}, file)
+    else:
+        file.unlink()
+        weights |= {n: each.T.contiguous().T for n, each in weights.items() if each.dim() > 1}
+        torch.save(weights, folder / "pytorch_model.bin")
+    how = ["--to", target, "--out", str(folder.parent / "out")]
+    how += ["--dtype", "fp32"] if target == "fastertransformer" else []
+    assert main(["export", str(folder), *how]) == 0
+    said = capsys.readouterr().out
+    assert ", 16 are those" in said or "by at most 0.0e+00" in said
+
+
+@pytest.mark.parametrize("target", ["gguf", "ctranslate2"])
+def test_a_tokenizer_of_another_model_is_refused(folder, capsys, target):
+    train_bpe([f"{n} hares" for n in range(999)], 400).save(folder / "tokenizer.json")
+    how = ["--to", target, "--out", str(folder.parent / "a" / "b" / "out")]
+    assert main(["export", str(folder), *how]) == 2
+    assert "the tokenizer has 400 ids, the model 300;" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
+@pytest.mark.parametrize(
+    "target", ["int8", "hf", "onnx", "gguf", "ctranslate2", "fastertransformer"]
+)
+def test_a_disk_that_is_full_is_one_line_that_names_the_folder(folder, target):
+    out = folder.parent / "out"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    run = f"from mptbook.__main__ import main; raise SystemExit(main({['export', str(folder)]!r} + "
+    how = ["--to", target, "--out", str(out)]
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{full}{run}{how!r}))"], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith("error: cannot write ")
+    assert str(folder.parent) in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
 
 def test_an_engine_that_answers_otherwise_leaves_nothing(folder, capsys, monkeypatch):

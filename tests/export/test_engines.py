@@ -1,5 +1,6 @@
 """What other engines make of our models: the same, or a refusal."""
 
+import json
 import math
 import re
 
@@ -71,6 +72,61 @@ def test_a_field_that_an_engine_passes_over_is_refused_by_name_and_value(target,
     value, usual = unusual(config)[field]
     assert f"{field}={value}" in said[1]
     assert f"{field}={usual}" in said[2]
+
+
+@pytest.mark.parametrize("target", ["hf", "vllm"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_type": "layernorm"},
+        {"attn_pdrop": 0.1, "emb_pdrop": 0.2, "resid_pdrop": 0.1},
+        {"attn_type": "grouped_query_attention", "kv_n_heads": 6},
+        {"softmax_scale": 1 / 4, "clip_qkv": 6},
+        {"d_model": 64, "n_heads": 1, "attn_type": "multiquery_attention"},
+    ],
+)
+def test_a_configuration_is_written_as_its_readers_take_it(target, fields, tmp_path):
+    given = fields | ({"softmax_scale": None} if target == "vllm" else {})
+    folder, out = make(tmp_path / "m", **given), tmp_path / "o"
+    out.mkdir()
+    hf.write(folder, out, "float32", target)
+    about = json.loads((out / "config.json").read_text())
+    # What vLLM 0.28 asserts of an MPT, and transformers' strict types.
+    assert about["norm_type"] == "low_precision_layernorm"
+    assert "kv_n_heads" not in about["attn_config"]
+    assert about["attn_config"]["attn_type"] == "multihead_attention"
+    assert about["attn_config"]["attn_pdrop"] == 0
+    found = verify.compared(folder, PROMPT, hf.greedy(out, PROMPT, 12))
+    assert found.same == 12
+    assert found.difference < 1e-3
+
+
+def test_nothing_of_a_released_directory_points_at_code_that_is_not_there(tmp_path):
+    folder, out = make(tmp_path / "m"), tmp_path / "o"
+    about = json.loads((folder / "config.json").read_text())
+    about |= {"auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"}, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(about))
+    out.mkdir()
+    hf.write(folder, out, "float32")
+    written = json.loads((out / "config.json").read_text())
+    assert written["dtype"] == "float32"
+    assert not {"auto_map", "torch_dtype"} & written.keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "fields", "said"),
+    [
+        ("vllm", {"expansion_ratio": 2.5}, "vllm cannot express expansion_ratio=2.5, only whole"),
+        ("vllm", {"alibi_bias_max": 4.5}, "alibi_bias_max=4.5, only whole numbers; export to onnx"),
+        ("vllm", {"norm_eps": 1e-3, "expansion_ratio": 2.5}, "norm_eps=0.001 and would compute"),
+        ("hf", {"expansion_ratio": 2.5}, "hf cannot express expansion_ratio=2.5 and would compute"),
+    ],
+)
+def test_a_fraction_where_readers_want_a_whole_number_is_refused(target, fields, said):
+    config = MPTConfig(d_model=48, n_heads=6, n_layers=1).replace(**fields)
+    with pytest.raises(ValueError, match=said) as caught:
+        refuse(config, target)
+    assert "vllm or" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,21 @@ def test_a_stream_tells_a_failure_before_its_first_token(model, tokenizer, monke
         list(stream(model, tokenizer, "the cat", max_new_tokens=3))
 
 
+def test_one_stop_string_is_as_good_as_a_list_of_it(model, tokenizer):
+    (text,) = generate(model, tokenizer, "the cat", max_new_tokens=12)
+    stop = text[len(text) // 2 :][:3]
+    assert stop
+    one = generate(model, tokenizer, "the cat", max_new_tokens=12, stop=stop)
+    assert one == generate(model, tokenizer, "the cat", max_new_tokens=12, stop=[stop])
+    assert one == [text[: text.find(stop)]]
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    larger = train_bpe([f"{n} hares" for n in range(999)], 400)
+    with pytest.raises(ValueError, match=r"has 400 ids, the model 320; take the tokenizer that it"):
+        generate(model, larger, "the cat")
+
+
 def test_a_model_that_says_nothing_finite_is_one_line_at_the_command_line(tmp_path, data, capsys):
     shape = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
     model = MPT(MPTConfig(**shape))
