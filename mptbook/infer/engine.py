@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from mptbook.infer.request import Busy, Counts, Listener, Piece, Request, Stream, Token, Unanswered
+from mptbook.infer.faults import Busy, Stopping, Unanswered
+from mptbook.infer.request import Counts, Listener, Piece, Request, Stream, Token
 from mptbook.infer.running import Running, place, read_together, take_over
 from mptbook.infer.sampling import likeliest
 from mptbook.infer.slots import Slots
@@ -73,13 +74,14 @@ class Engine:
 
         Raises:
             ValueError: if it does not fit into a slot, or has an id that the tokenizer lacks.
-            Busy: if too many wait already, or the engine is stopping.
+            Busy: if too many wait already.
+            Stopping: if the engine ends, or has ended.
         """
         request.check_fits(self.slots.n_tokens, self._n_ids)
         stream = Stream(request, listener)
         with self._changed:
             if self._stopping or not (self._thread is None or self.works):
-                raise Busy("the server is stopping; ask another, or later")
+                raise Stopping("the server is stopping; ask another, or later")
             if len(self.waiting) >= self.queue:
                 raise Busy(f"{len(self.waiting)} requests wait already; ask again later")
             self.waiting.append((stream, time.perf_counter()))
@@ -182,7 +184,7 @@ class Engine:
         try:
             self.counts.reused_tokens += take_over(self.reading[0], self.slots, self.kept)
         except Exception as error:
-            self._fail([self.reading.popleft()], error)
+            self._fail([self.reading[0]], error)
             return
         rows = read_together(self.reading, self.chunk_tokens)
         one = rows[0]
@@ -192,8 +194,10 @@ class Engine:
             (self._fail if len(rows) == 1 else self._part)(rows, error)
             return
         if one.read < len(one.prompt):
-            self.reading.append(one)  # behind the others: they take turns
+            self.reading.rotate(-1)  # behind the others: they take turns
             return
+        for each in rows:
+            self.reading.remove(each)
         self.writing += rows
         if one.stream.request.max_new_tokens == 0:
             self._end(one, "length")
@@ -203,10 +207,9 @@ class Engine:
     def _part(self, rows: Sequence[Running], error: Exception) -> None:
         """Have prompts read one by one, so that a fault ends only the request it belongs to."""
         log.warning("%d prompts are read again, one by one", len(rows), exc_info=error)
-        for one in reversed(rows):
+        for one in rows:
             self.slots.crop(one.slot, 0)
             one.alone = True
-            self.reading.appendleft(one)
 
     def _read_whole(self, rows: Sequence[Running]) -> Tensor:
         """(R, V) logits after the prompts of some requests."""
@@ -272,10 +275,7 @@ class Engine:
             one.stream.put(Piece(text, (token,)))
 
     def _end(self, one: Running, finish: str, text: str = "", *tokens: Token) -> None:
-        if one in self.writing:
-            self.writing.remove(one)
-        else:
-            self.reading.remove(one)
+        (self.writing if one in self.writing else self.reading).remove(one)
         self._used[one.slot] = self._steps
         if finish != "cancelled" and one.text.stopped is None:
             text += one.text.finish()
@@ -287,8 +287,7 @@ class Engine:
     def _fail(self, rows: Sequence[Running], error: Exception) -> None:
         """End requests with an error; what their slots hold is not to be trusted."""
         for one in rows:
-            if one in self.writing:
-                self.writing.remove(one)
+            (self.writing if one in self.writing else self.reading).remove(one)
             self.slots.crop(one.slot, 0)
             self.kept[one.slot] = []
             self._give_up(one.stream, error)

@@ -9,21 +9,10 @@ from typing import Self
 
 from torch import Tensor
 
+from mptbook.infer.faults import Unanswered
 from mptbook.infer.sampling import check_sampling
-from mptbook.settings import Ended
 
 MOST_LOGPROBS = 20
-NOT_FINITE = "the model gave logits that are not finite"
-
-
-class Busy(Exception):
-    """The queue is full; ask again later."""
-
-
-class Unanswered(Ended):
-    """A request that could not be finished, by no fault of its own."""
-
-    code = 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mptbook.infer.request import NOT_FINITE, Piece, Request, Stream, Token, Unanswered
+from mptbook.infer.faults import NOT_FINITE, Unanswered
+from mptbook.infer.request import Piece, Request, Stream, Token
 from mptbook.infer.sampling import sample
 from mptbook.infer.slots import Slots
 from mptbook.infer.text import TextStream
@@ -105,14 +106,15 @@ def place(
         kept: ids that each slot holds.
         used: when each was used last.
     """
-    common = [request.common(ids) for ids in kept]
-    # Of equals the one that was used longest ago, so that others keep what they have.
-    slot = max(free, key=lambda slot: (common[slot], -used[slot]))
     source, n = longest(request, kept)
-    if n <= common[slot]:
-        return slot, slot, common[slot]
-    # The beginning of one that is being written.
-    return min(free, key=lambda slot: used[slot]), source, n
+    common = {slot: request.common(kept[slot]) for slot in free}
+    # Going on in a slot loses what it holds beyond the beginning: nothing of it may be, or it is
+    # the slot that was used longest ago, whose turn it is.
+    oldest = min(free, key=lambda slot: used[slot])
+    for slot in (*free, oldest):
+        if common[slot] == n and (len(kept[slot]) == n or slot == oldest):
+            return slot, slot, n
+    return oldest, source, n
 
 
 def take_over(one: Running, slots: Slots, kept: list[list[int]]) -> int:
@@ -132,7 +134,7 @@ def take_over(one: Running, slots: Slots, kept: list[list[int]]) -> int:
 
 
 def read_together(reading: deque[Running], room: int) -> list[Running]:
-    """Those whose prompts are read in one pass, taken out of the queue: the first at least.
+    """Those whose prompts are read in one pass: the first of the queue at least.
 
     Others join it if both prompts are whole, and fit into so many tokens. One that begins like
     another waits, to take the beginning over.
@@ -144,6 +146,4 @@ def read_together(reading: deque[Running], room: int) -> list[Running]:
         if one.joins and len(one.prompt) <= room and 2 * alike < len(one.prompt):
             taken.append(one)
             room -= len(one.prompt)
-    for one in taken:
-        reading.remove(one)
     return taken

@@ -17,6 +17,7 @@ from mptbook.serve.limits import Limits
 LOCAL = "localhost", "127.0.0.1", "[::1]"
 OPEN = "/health", "/"  # and what the page at / is made of; nothing of it is secret
 PAGE = "/page/"
+WATCHED = "/health", "/metrics"  # by those who would restart a server that is merely full
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -63,7 +64,7 @@ class Gate:
             self._requests -= 1
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
-        if self._requests > self._limits.requests:
+        if self._requests > self._limits.requests and path not in WATCHED:
             raise Refused(
                 503,
                 f"{self._limits.requests} requests are being answered; ask again later",

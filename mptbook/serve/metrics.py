@@ -79,8 +79,9 @@ class _Counts:
             "Choices by how they ended.",
             labels=(*LABELS, "finished_reason"),
         )
-        for reason in ("stop", "length", "cancelled", "error"):
-            ended.add_metric((self._name, reason), counts.finished.get(reason, 0))
+        reasons = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
+        for reason, vllms in reasons.items():
+            ended.add_metric((self._name, vllms), counts.finished.get(reason, 0))
         yield ended
 
     def _metric(self, kind: Any, name: str, what: str, value: float) -> Metric:

@@ -16,6 +16,7 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from mptbook.infer.engine import Engine
 from mptbook.serve import chat, completions
 from mptbook.serve.errors import Refused, add_handlers
 from mptbook.serve.gate import Gate
@@ -33,6 +34,7 @@ from mptbook.serve.requests import ChatRequest, CompletionRequest
 from mptbook.serve.served import Served
 
 PAGE = Path(__file__).parent / "page"
+TELL = 5  # seconds in which clients may hear that their requests were ended
 ALWAYS = 400, 401, 408, 413, 500, 503
 ASKED = documented(*ALWAYS, 404, 415, 429)
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
@@ -131,7 +133,24 @@ def _add_state(app: FastAPI, served: Served, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def server_of(app: FastAPI, served: Served, access_log: bool = False) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """Ends the requests of an engine when their time is up, so that clients are told why.
+
+    uvicorn by itself would cancel its own tasks, which are in no state to tell anything.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain: float) -> None:
+        super().__init__(config)
+        self._engine, self._drain = engine, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drained = asyncio.create_task(asyncio.to_thread(self._engine.stop, self._drain))
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._engine.stop, 0.0)  # at once, if Ctrl-C came again
+        await drained
+
+
+def server_of(app: FastAPI, served: Served, access_log: bool = False) -> Server:
     """What runs an app: `run(sockets=[...])` answers until SIGTERM or Ctrl-C."""
     limits = served.limits
     patient = type("Patient", (PatientProtocol,), {"patience": limits.patience})
@@ -145,9 +164,9 @@ def server_of(app: FastAPI, served: Served, access_log: bool = False) -> uvicorn
         access_log=access_log,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=limits.drain,
+        timeout_graceful_shutdown=limits.drain + TELL,
     )
-    return uvicorn.Server(config)
+    return Server(config, served.engine, limits.drain)
 
 
 def bound(host: str, port: int) -> socket.socket:

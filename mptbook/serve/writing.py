@@ -11,7 +11,8 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from mptbook.infer.engine import Engine
-from mptbook.infer.request import Busy, Piece, Request, Stream, Unanswered
+from mptbook.infer.faults import Busy, Stopping, Unanswered
+from mptbook.infer.request import Piece, Request, Stream
 from mptbook.serve.errors import Refused
 from mptbook.serve.replies import PromptDetails, Usage
 
@@ -65,7 +66,7 @@ class Writing:
         seconds: they may take at most, waiting included.
 
     Raises:
-        Refused: 400 if one of them does not fit; 429 if too many wait.
+        Refused: 400 if one of them does not fit; 429 if too many wait; 503 if the engine ends.
     """
 
     def __init__(
@@ -89,6 +90,9 @@ class Writing:
         except Busy as error:
             self.close()
             raise Refused(429, str(error), headers={"Retry-After": SECONDS_TO_RETRY}) from None
+        except Stopping as error:
+            self.close()
+            raise Refused(503, str(error)) from None
 
     def close(self) -> None:
         """Have what is not finished given up; may be repeated."""

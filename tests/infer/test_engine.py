@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptbook.infer.engine import Engine
-from mptbook.infer.request import Busy, Request, Unanswered
+from mptbook.infer.faults import Busy, Stopping, Unanswered
+from mptbook.infer.request import Request
+from mptbook.infer.running import place
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -208,6 +210,58 @@ def test_an_answer_goes_on_where_the_last_one_ended():
     second = ours.submit(Request((3, 4, 5, *ids, 8), 2))
     run(ours)
     assert second.prompt_tokens_reused == 3 + 5  # the last token was written, but not read
+
+
+def test_two_conversations_that_begin_alike_keep_what_each_has_said():
+    ours, start = engine(3, n_tokens=64), tuple(range(10, 30))
+    talks = [[*start, 3], [*start, 4]]
+    for turn in range(3):
+        for talk in talks:
+            stream = ours.submit(Request(tuple(talk), 4))
+            run(ours)
+            written = finished(stream)[1]
+            # All of what was said but for the last token, which is not read yet.
+            kept = len(talk) - 2 if turn else 20 * (talk is talks[1])
+            assert stream.prompt_tokens_reused == kept
+            assert written == alone(tuple(talk), 4)
+            talk += [*written, 5 + turn]
+    other = ours.submit(Request((7, 8, 9), 2))  # goes where nobody was yet
+    run(ours)
+    assert finished(other)[1] == alone((7, 8, 9), 2)
+    again = ours.submit(Request(tuple(talks[0]), 2))
+    run(ours)
+    assert again.prompt_tokens_reused == len(talks[0]) - 2
+
+
+@given(seed=st.integers(0, 999), n_slots=st.integers(1, 4))
+def test_a_place_is_free_holds_what_is_said_and_spares_what_it_can(seed, n_slots):
+    chance = random.Random(seed)
+    kept = [list(some_prompt(chance, 4)) * chance.randrange(2) for _ in range(n_slots)]
+    free = chance.sample(range(n_slots), chance.randint(1, n_slots))
+    used = [chance.randrange(9) for _ in range(n_slots)]
+    request = Request(some_prompt(chance, 4))
+    slot, source, read = place(request, free, kept, used)
+    assert slot in free
+    assert list(request.prompt[:read]) == kept[source][:read]
+    assert read == max(request.common(ids) for ids in kept)
+    lost = kept[slot][read:] if source == slot else kept[slot]
+    assert not lost or used[slot] == min(used[one] for one in free)
+
+
+def test_what_is_read_counts_as_running(monkeypatch):
+    ours, seen = engine(3, chunk_tokens=20), []
+    for name in ("read", "read_texts"):
+        plain = getattr(ours.slots, name)
+
+        def look(*given, plain=plain, **how):
+            seen.append(len(ours.running))
+            return plain(*given, **how)
+
+        monkeypatch.setattr(ours.slots, name, look)
+    for prompt in ((4, 5), (6, 7, 8), (9,) * 40):
+        ours.submit(Request(prompt, 9))
+    run(ours)
+    assert seen == [3, 3, 3]  # two together, and one in two chunks
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside_it():
@@ -424,7 +478,7 @@ def test_a_fault_while_tokens_are_chosen_does_not_end_the_thread(monkeypatch):
     assert ours.works
     assert finished(ours.submit(Request((4, 5), 5)))[1] == alone((4, 5), 5)
     ours.stop()
-    with pytest.raises(Busy, match="stopping"):
+    with pytest.raises(Stopping, match="stopping"):
         ours.submit(Request((4, 5), 5))
 
 
@@ -480,7 +534,7 @@ def test_a_thread_answers_many_and_leaves_nothing_behind():
     assert all(
         len(kept) == length for kept, length in zip(ours.kept, ours.slots.lengths, strict=True)
     )
-    with pytest.raises(Busy, match="stopping"):
+    with pytest.raises(Stopping, match="stopping"):
         ours.submit(requests[0])
 
 

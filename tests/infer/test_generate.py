@@ -5,8 +5,8 @@ from mptbook import Tokenizer, save_model
 from mptbook.__main__ import main
 from mptbook.infer import generate as module
 from mptbook.infer.cache import KVCache
+from mptbook.infer.faults import Unanswered
 from mptbook.infer.generate import generate, stream
-from mptbook.infer.request import Unanswered
 from mptbook.infer.slots import Slots
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT

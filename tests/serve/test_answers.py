@@ -1,6 +1,7 @@
 """What is answered, by hand; real clients are in `test_clients.py`."""
 
 import json
+import threading
 import time
 
 import httpx
@@ -249,6 +250,7 @@ def test_models_health_and_what_is_measured(serving):
             f"vllm:num_requests_waiting{{{name}}}": 0,
             f"vllm:kv_cache_usage_perc{{{name}}}": 0,
             f'vllm:request_success_total{{finished_reason="length",{name}}}': 2,
+            f'vllm:request_success_total{{finished_reason="abort",{name}}}': 0,
             f"vllm:time_to_first_token_seconds_count{{{name}}}": 2,
             f"vllm:inter_token_latency_seconds_count{{{name}}}": 4,
             f"vllm:e2e_request_latency_seconds_count{{{name}}}": 2,
@@ -272,7 +274,7 @@ def test_a_dead_engine_is_not_healthy(serving):
     with serving() as running:
         running.served.engine.stop()
         error_of(running.ask("/health"), 503, "the engine has stopped")
-        error_of(running.complete(), 429, "the server is stopping")
+        error_of(running.complete(), 503, "the server is stopping")
 
 
 def test_a_fault_of_the_model_is_an_error_of_the_server_and_the_next_is_answered(
@@ -346,6 +348,40 @@ def test_a_client_that_left_before_the_first_event_is_not_written_for(serving):
             return writing.streams[0].cancelled
 
         assert asyncio.run(leave())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_does_not_finish_in_time_is_told_so_when_the_server_stops(
+    serving, monkeypatch, stream
+):
+    with serving(drain=1, n_slots=1) as running:
+        engine = running.served.engine
+        plain = engine.slots.decode
+        monkeypatch.setattr(engine.slots, "decode", lambda *g: time.sleep(0.1) or plain(*g))
+        found = {}
+
+        def ask(name):
+            found[name] = httpx.post(
+                f"{running.url}/v1/completions",
+                json={"model": "cat", "prompt": "the", "max_tokens": 90, "stream": stream},
+                timeout=30,
+            )
+
+        askers = [threading.Thread(target=ask, args=(name,)) for name in ("runs", "waits")]
+        for each in askers:
+            each.start()
+        wait_until(lambda: engine.running and engine.waiting)
+        running.server.should_exit = True
+        for each in askers:
+            each.join()
+        assert found.keys() == {"runs", "waits"}
+        for one in found.values():
+            if stream:
+                *_, last = events(one)
+                assert last["error"]["message"] == "the server is stopping; ask another, or later"
+                assert one.text.endswith("data: [DONE]\n\n")
+            else:
+                error_of(one, 503, "the server is stopping")
 
 
 def test_what_runs_is_finished_after_the_server_was_told_to_stop(serving, monkeypatch):
