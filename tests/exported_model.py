@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mptbook import save_model
+from mptbook.export import verify
 from mptbook.export.command import Export
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -43,6 +44,11 @@ def make(path, dtype=torch.float32, **fields):
     tokenizer = train_bpe(["the cat sat on the mat, 12 times\n"] * 5, 290)
     save_model(model.to(dtype), path, tokenizer)
     return path
+
+
+def verify_model_of_width(home, width):
+    """Compare the model that lies in a folder of its width with some tokens."""
+    verify.compared(Path(home, f"{width}"), PROMPT, [(5, None)] * 4)
 
 
 def export_model_of_width(target, home, width):

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from mptbook.directory import load_model
+from mptbook.infer.load import load
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
 
@@ -75,8 +75,14 @@ def compare(model: MPT, prompt: Sequence[int], written: Written) -> Comparison:
 
 
 def compared(folder: Path, prompt: Sequence[int], written: Written) -> Comparison:
-    """`compare` with the model of a directory, in float32."""
-    return compare(load_model(folder, torch.float32), prompt, written)
+    """`compare` with the model of a directory, in float32.
+
+    Weights of bfloat16 stay so in memory, and are widened piece by piece.
+    """
+    model = load(folder)
+    if next(model.parameters()).dtype != torch.float32:  # stored in float16, say
+        model = model.float()
+    return compare(model, prompt, written)
 
 
 def engine(name: str) -> ModuleType:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from exported_model import export_model_of_width
+from exported_model import export_model_of_width, verify_model_of_width
 from safetensors.torch import load_file, save_file
 
 from mptbook import Tokenizer, load_model, save_model
@@ -263,7 +263,14 @@ def test_packed_weights_and_fields_that_get_lost_are_refused(folder, capsys):
     assert not out.exists()
 
 
+@pytest.fixture
+def freed_at_once(monkeypatch):
+    """What is freed is the system's again at once; the allocator keeps some at random."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # of processes that begin now
+
+
 @pytest.mark.parametrize("target", ["hf", "onnx", "gguf", "ctranslate2", "fastertransformer"])
+@pytest.mark.usefixtures("freed_at_once")
 def test_an_export_never_holds_the_model_twice(tmp_path, target):
     for width in (16, 512):
         torch.manual_seed(0)
@@ -273,6 +280,17 @@ def test_an_export_never_holds_the_model_twice(tmp_path, target):
     size = (tmp_path / "512" / "model.safetensors").stat().st_size  # 105 MB
     # Pages of the file that is read count, too, though the system can have them back.
     assert peak_memory(export_model_of_width, target, str(tmp_path), 512) < 1.5 * size
+
+
+@pytest.mark.usefixtures("freed_at_once")
+def test_to_verify_holds_the_model_once_in_the_bits_that_it_is_stored_in(tmp_path):
+    for width in (16, 512):
+        torch.manual_seed(0)
+        shape = {"n_heads": 8, "n_layers": 8, "max_seq_len": 64, "vocab_size": 2048}
+        save_model(MPT(MPTConfig(d_model=width, **shape)).bfloat16(), tmp_path / f"{width}")
+    size = (tmp_path / "512" / "model.safetensors").stat().st_size  # 53 MB
+    # The file that is read counts, too, though the system can have it back.
+    assert peak_memory(verify_model_of_width, str(tmp_path), 512) < 2.5 * size
 
 
 def test_what_is_piped_has_no_bars(folder, capfd):
