@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mptbook.infer.faults import Busy, Stopping, Unanswered
 from mptbook.infer.request import Counts, Listener, Piece, Request, Stream, Token
-from mptbook.infer.running import Running, place, read_together, take_over
+from mptbook.infer.running import Running, read_together, settle, take_over
 from mptbook.infer.sampling import likeliest
 from mptbook.infer.slots import Slots
 from mptbook.tokenizer.tokenizer import Tokenizer
@@ -122,6 +122,17 @@ class Engine:
         self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._steps_until_stopped()
+        except Exception as error:
+            log.critical("the engine has failed, and ends", exc_info=error)
+            with self._changed:
+                self._stopping = True
+            for stream in [one for one, _ in self.waiting] + [one.stream for one in self.running]:
+                self._give_up(stream, error)
+            self.said()
+
+    def _steps_until_stopped(self) -> None:
         while True:
             worked = self.step()
             self.said()
@@ -159,26 +170,15 @@ class Engine:
                     return
                 stream, born = self.waiting.popleft()
             try:
-                one = self._begin(stream, born, free)
+                held = self._used, self.slots, self.kept, self.tokenizer
+                one = settle(stream, born, free, *held)
             except Exception as error:  # ends this request, and not the engine
                 self._give_up(stream, error)
-            else:
-                free.remove(one.slot)
-                self.reading.append(one)
-
-    def _begin(self, stream: Stream, born: float, free: Sequence[int]) -> Running:
-        """A request in a free slot, which may hold the beginning of its prompt."""
-        request = stream.request
-        slot, source, read = place(request, free, self.kept, self._used)
-        self.kept[slot] = []  # should what follows fail
-        if source != slot:
-            self.slots.copy(source, slot, read)
-        self.slots.crop(slot, read)
-        self.kept[slot] = list(request.prompt[:read])
-        self.counts.prompt_tokens += len(request.prompt)
-        self.counts.reused_tokens += read
-        stream.prompt_tokens_reused = read
-        return Running.begin(stream, slot, read, born, self.tokenizer)
+                continue
+            free.remove(one.slot)
+            self.reading.append(one)
+            self.counts.prompt_tokens += len(one.prompt)
+            self.counts.reused_tokens += one.read
 
     def _read_chunk(self) -> None:
         try:
@@ -287,7 +287,8 @@ class Engine:
     def _fail(self, rows: Sequence[Running], error: Exception) -> None:
         """End requests with an error; what their slots hold is not to be trusted."""
         for one in rows:
-            (self.writing if one in self.writing else self.reading).remove(one)
+            for its in [each for each in (self.reading, self.writing) if one in each]:
+                its.remove(one)
             self.slots.crop(one.slot, 0)
             self.kept[one.slot] = []
             self._give_up(one.stream, error)

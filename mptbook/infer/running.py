@@ -117,6 +117,26 @@ def place(
     return oldest, source, n
 
 
+def settle(
+    stream: Stream,
+    born: float,
+    free: Sequence[int],
+    used: Sequence[int],
+    slots: Slots,
+    kept: list[list[int]],
+    tokenizer: Tokenizer,
+) -> Running:
+    """A request in a free slot, which may hold the beginning of its prompt; see `place`."""
+    slot, source, read = place(stream.request, free, kept, used)
+    kept[slot] = []  # should what follows fail
+    if source != slot:
+        slots.copy(source, slot, read)
+    slots.crop(slot, read)
+    kept[slot] = list(stream.request.prompt[:read])
+    stream.prompt_tokens_reused = read
+    return Running.begin(stream, slot, read, born, tokenizer)
+
+
 def take_over(one: Running, slots: Slots, kept: list[list[int]]) -> int:
     """Copy the beginning of a prompt from a slot that has read it since this was admitted.
 

@@ -4,6 +4,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -147,7 +148,12 @@ def elsewhere(function: Callable[..., T], *arguments: Any) -> T:
 
     thread = threading.Thread(target=call, daemon=True)  # Ctrl-C need not wait for it
     thread.start()
-    found = outcome.result()
+    try:
+        found = outcome.result()
+    except KeyboardInterrupt:
+        # Python would end below a thread that is inside of a library, which then aborts.
+        sys.stdout.flush()
+        os._exit(130)
     thread.join()
     return found
 

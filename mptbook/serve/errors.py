@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 log = logging.getLogger(__name__)
 
+STOPPING = "the server is stopping; ask another, or later"
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from mptbook.serve.errors import Refused
+from mptbook.serve.errors import STOPPING, Refused
 from mptbook.serve.limits import Limits
 
 LOCAL = "localhost", "127.0.0.1", "[::1]"
@@ -47,8 +47,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
+        started = False
+
         async def with_headers(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
@@ -56,10 +60,12 @@ class Gate:
         try:
             self._check(scope["method"], scope["path"], Headers(scope=scope))
             body = await self._body(receive)
+            await self._app(scope, _replayed(body, receive), with_headers)
         except Refused as error:
             await error.response()(scope, receive, with_headers)
-        else:
-            await self._app(scope, _replayed(body, receive), with_headers)
+        except asyncio.CancelledError:  # by uvicorn, when the server stops and has waited enough
+            if not started:
+                await Refused(503, STOPPING).response()(scope, receive, with_headers)
         finally:
             self._requests -= 1
 

@@ -16,9 +16,8 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from mptbook.infer.engine import Engine
 from mptbook.serve import chat, completions
-from mptbook.serve.errors import Refused, add_handlers
+from mptbook.serve.errors import STOPPING, Refused, add_handlers
 from mptbook.serve.gate import Gate
 from mptbook.serve.metrics import Metrics
 from mptbook.serve.protocol import PatientProtocol
@@ -139,15 +138,22 @@ class Server(uvicorn.Server):
     uvicorn by itself would cancel its own tasks, which are in no state to tell anything.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain: float) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served) -> None:
         super().__init__(config)
-        self._engine, self._drain = engine, drain
+        self._served = served
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        drained = asyncio.create_task(asyncio.to_thread(self._engine.stop, self._drain))
+        engine, drain = self._served.engine, self._served.limits.drain
+        drained = asyncio.create_task(asyncio.to_thread(engine.stop, drain))
+        # Not by the engine: a step of it may take longer than clients are waited for.
+        late = Refused(503, STOPPING)
+        timer = asyncio.get_running_loop().call_later(drain, self._served.post.refuse_all, late)
         await super().shutdown(sockets)
-        await asyncio.to_thread(self._engine.stop, 0.0)  # at once, if Ctrl-C came again
+        timer.cancel()
+        await asyncio.to_thread(engine.stop, 0.0)  # at once, if Ctrl-C came again
         await drained
+        if self.force_exit:  # and uvicorn has left it out
+            await self.lifespan.shutdown()
 
 
 def server_of(app: FastAPI, served: Served, access_log: bool = False) -> Server:
@@ -166,7 +172,7 @@ def server_of(app: FastAPI, served: Served, access_log: bool = False) -> Server:
         server_header=False,
         timeout_graceful_shutdown=limits.drain + TELL,
     )
-    return Server(config, served.engine, limits.drain)
+    return Server(config, served)
 
 
 def bound(host: str, port: int) -> socket.socket:

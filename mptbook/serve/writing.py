@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mptbook.infer.engine import Engine
 from mptbook.infer.faults import Busy, Stopping, Unanswered
 from mptbook.infer.request import Piece, Request, Stream
-from mptbook.serve.errors import Refused
+from mptbook.serve.errors import STOPPING, Refused
 from mptbook.serve.replies import PromptDetails, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -29,6 +29,7 @@ class Post:
     """
 
     def __init__(self) -> None:
+        self.open: set[Writing] = set()
         self._pieces: deque[tuple[asyncio.Queue, tuple[int, Piece | Unanswered]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -48,6 +49,11 @@ class Post:
         if self._pieces:
             with suppress(RuntimeError):  # the loop has ended, and who waited in it
                 self._loop.call_soon_threadsafe(self._hand_out)
+
+    def refuse_all(self, error: Refused) -> None:
+        """Tell all who wait for pieces, whatever the engine is doing."""
+        for writing in self.open:
+            writing.refuse(error)
 
     def _hand_out(self) -> None:
         while self._pieces:
@@ -79,7 +85,9 @@ class Writing:
         self.written = 0  # tokens, without those of prompts
         late = Refused(503, f"it took longer than {seconds:g} s; ask for less")
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(seconds, self._pieces.put_nowait, (0, late))
+        self._timer = loop.call_later(seconds, self.refuse, late)
+        self._post = post
+        post.open.add(self)
         try:
             for number, request in enumerate(requests):
                 listener = post.listener(self._pieces, number)
@@ -94,9 +102,14 @@ class Writing:
             self.close()
             raise Refused(503, str(error)) from None
 
+    def refuse(self, error: Refused) -> None:
+        """Have the error raised where pieces are waited for."""
+        self._pieces.put_nowait((0, error))
+
     def close(self) -> None:
         """Have what is not finished given up; may be repeated."""
         self._timer.cancel()
+        self._post.open.discard(self)
         for stream in self.streams:
             stream.cancel()
 
@@ -109,7 +122,7 @@ class Writing:
             if isinstance(piece, Unanswered):
                 raise Refused(500, "the model failed, as the log of the server describes")
             if piece.finish == "cancelled":
-                raise Refused(503, "the server is stopping; ask another, or later")
+                raise Refused(503, STOPPING)
             self._open -= piece.finish is not None
             of_prompt = min(skip[number], len(piece.tokens))
             skip[number] -= of_prompt

@@ -14,6 +14,7 @@ from mptbook.infer.faults import Busy, Stopping, Unanswered
 from mptbook.infer.request import Request
 from mptbook.infer.running import place
 from mptbook.infer.slots import Slots
+from mptbook.infer.text import TextStream
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
@@ -444,6 +445,34 @@ def test_a_fault_while_writing_ends_all_that_were_written_and_the_engine_goes_on
     after = ours.submit(Request((6,), 5))
     run(ours)
     assert finished(after)[1] == alone((6,), 5)
+
+
+def test_a_fault_while_a_request_is_ended_ends_it_alone(monkeypatch):
+    ours = engine(3)
+    bad, good = (ours.submit(Request((n,), size)) for n, size in ((4, 2), (5, 6)))
+    with monkeypatch.context() as patch:
+        patch.setattr(TextStream, "finish", lambda self: 1 / 0)
+        ours.step()
+        ours.step()
+    run(ours)
+    with pytest.raises(Unanswered, match="division by zero"):
+        list(bad)
+    assert finished(good)[1] == alone((5,), 6)
+    assert not ours.running
+
+
+def test_nobody_waits_for_an_engine_that_has_failed(monkeypatch, caplog):
+    ours = engine(1)
+    monkeypatch.setattr(ours, "_write_tokens", lambda rows: 1 / 0)
+    streams = [ours.submit(Request((n,), 5)) for n in (4, 5, 6)]
+    ours.start()
+    for stream in streams:
+        with pytest.raises(Unanswered, match="division by zero"):
+            list(stream)
+    ours.stop()
+    assert "the engine has failed" in caplog.text
+    with pytest.raises(Stopping):
+        ours.submit(Request((7,), 5))
 
 
 def test_a_fault_while_a_beginning_is_taken_over_ends_one_request_and_the_engine_goes_on(

@@ -1,6 +1,7 @@
 """What is answered, by hand; real clients are in `test_clients.py`."""
 
 import json
+import socket
 import threading
 import time
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from http_answers import error_of, events, wait_until
 
+from mptbook.serve import server
 from mptbook.serve.limits import Limits
 from mptbook.serve.served import Served
 from mptbook.tokenizer.chat import ChatTemplate, encode_prompt
@@ -350,14 +352,16 @@ def test_a_client_that_left_before_the_first_event_is_not_written_for(serving):
         assert asyncio.run(leave())
 
 
+@pytest.mark.parametrize("seconds", [0.1, 4.0])  # that a step takes
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_does_not_finish_in_time_is_told_so_when_the_server_stops(
-    serving, monkeypatch, stream
+    serving, monkeypatch, stream, seconds
 ):
+    monkeypatch.setattr(server, "TELL", 1)  # a step takes longer than uvicorn waits
     with serving(drain=1, n_slots=1) as running:
         engine = running.served.engine
         plain = engine.slots.decode
-        monkeypatch.setattr(engine.slots, "decode", lambda *g: time.sleep(0.1) or plain(*g))
+        monkeypatch.setattr(engine.slots, "decode", lambda *g: time.sleep(seconds) or plain(*g))
         found = {}
 
         def ask(name):
@@ -382,6 +386,22 @@ def test_what_does_not_finish_in_time_is_told_so_when_the_server_stops(
                 assert one.text.endswith("data: [DONE]\n\n")
             else:
                 error_of(one, 503, "the server is stopping")
+
+
+def test_who_is_still_asking_when_the_server_stops_is_told_so(serving, monkeypatch):
+    monkeypatch.setattr(server, "TELL", 1)
+    with serving(drain=1) as running:
+        address = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as half:
+            half.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            )
+            time.sleep(0.3)
+            running.server.should_exit = True
+            found = b"".join(iter(lambda: half.recv(4096), b"")).decode()
+        assert found.startswith("HTTP/1.1 503 ")
+        assert json.loads(found.partition("\r\n\r\n")[2])["error"]["type"] == "server_error"
 
 
 def test_what_runs_is_finished_after_the_server_was_told_to_stop(serving, monkeypatch):

@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -101,6 +103,52 @@ assert settled() > before, "there was nothing to see"
 def test_what_loads_the_model_leaves_no_workers_beside_those_of_the_engine():
     words = [sys.executable, "-c", TEAMS]
     subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "3"}, check=True, timeout=120)
+
+
+LOADS = """
+import sys, torch
+from mptbook.__main__ import main
+from mptbook.serve.command import Serve
+
+def load(*_):
+    print("loading", flush=True)
+    while True:
+        torch.rand(500, 500) @ torch.rand(500, 500)
+
+Serve._slots = load
+sys.exit(main(["serve", sys.argv[1], "--port", "0"]))
+"""
+
+
+def test_ctrl_c_ends_a_server_that_still_loads(folder):
+    words = [sys.executable, "-c", LOADS, str(folder)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == ""
+
+
+def test_ctrl_c_once_more_does_not_wait_for_what_runs(folder):
+    words = [sys.executable, "-m", "mptbook", "serve", folder, "--port", "0", "--tokens", "9000"]
+    with subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        url = process.stdout.readline().split()[2].rstrip(":")
+        body = {"model": "m", "prompt": "the", "max_tokens": 4000, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            with suppress(httpx.RemoteProtocolError):
+                *_, last = [line for line in lines if line]
+                assert last == "data: [DONE]"
+        assert process.wait(30) == 130
+        assert "Traceback" not in process.stderr.read()
 
 
 @pytest.mark.parametrize(("end", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
