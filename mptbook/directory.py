@@ -178,15 +178,26 @@ def parse_config(file: Path, released: dict[str, Any]) -> MPTConfig:
     try:
         config = MPTConfig.from_hf(released)
         for part in (config, config.attn_config, config.init_config):
-            _check_types(part)
+            _check_values(part)
+        if config.mlp_width < 1:
+            raise ValueError(f"expansion_ratio is {config.expansion_ratio}; an MLP needs a width")
+        epsilon = released.get("layer_norm_epsilon", config.norm_eps)
+        if released.get("norm_eps", epsilon) != epsilon:
+            raise ValueError(
+                f"norm_eps is {released['norm_eps']}, but layer_norm_epsilon, which means the "
+                f"same, is {epsilon}; write one of them"
+            )
         return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _check_types(part: Any) -> None:
+def _check_values(part: Any) -> None:
+    """See that fields have their types, and numbers a size that can be meant."""
     for each in fields(part):
         value = getattr(part, each.name)
+        if isinstance(value, int | float) and not 0 <= value < 2**31:
+            raise ValueError(f"{each.name} is {value}; it must be from 0 on, and below 2**31")
         try:
             TypeAdapter(each.type).validate_python(value, strict=True)
         except ValidationError:
@@ -210,6 +221,14 @@ def find_directory(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(
         f"{path} has no config.json; a model directory has one, a run directory has it in model/"
     )
+
+
+def template_of(folder: Path) -> ChatTemplate | None:
+    """The chat template of a model directory, or None if it has none."""
+    try:
+        return ChatTemplate.load(folder)
+    except FileNotFoundError:
+        return None
 
 
 def _from_hub(name: str) -> Path:

@@ -6,8 +6,10 @@ pytorch_model.bin        likewise, in older releases
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -40,7 +42,7 @@ def read_weights(folder: Path, model: MPT) -> Iterator[tuple[str, Tensor]]:
     both: dict[str, Tensor] = {}  # of a tied head: some files hold it twice
     for file, stored, tensor in read_tensors(folder):
         name = stored.removeprefix("model.")  # Composer's
-        if not tensor.is_floating_point():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(
                 f"{stored} is of {tensor.dtype} in {file}; weights are float32, bfloat16, float16 "
                 "or float64"
@@ -122,7 +124,7 @@ def read_json(file: Path) -> dict:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; it should be a JSON object")
@@ -194,15 +196,22 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{file} is damaged ({error}); fetch or write it again") from None
         return
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(file)  # the format since PyTorch 1.6
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         weights = None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(map(_is_weight, weights, weights.values())):
         raise ValueError(
             f"{file} is not a plain dictionary of tensors; nothing else is read from a pickle, "
             "so convert it to safetensors where you trust it"
         )
-    yield from weights.items()
+    for name, weight in weights.items():
+        yield name, weight.detach()
+
+
+def _is_weight(name: Any, weight: Any) -> bool:
+    plain = isinstance(weight, Tensor) and weight.layout == torch.strided
+    return isinstance(name, str) and plain and not weight.is_meta
 
 
 def check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...] | None, file: Path) -> None:

@@ -12,6 +12,7 @@ from mptbook.directory import fresh_directory, load_model, save_model
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
+from mptbook.weights import read_weights
 
 SHAPE = MPTConfig(d_model=42, n_heads=6, n_layers=2, vocab_size=101, max_seq_len=23)
 
@@ -374,6 +375,66 @@ def test_a_missing_shard_is_named(tmp_path):
 class Bomb:
     def __reduce__(self):
         return print, ("boom",)
+
+
+def test_a_pickle_may_hold_parameters_and_be_of_the_old_format(saved):
+    weights = load_file(saved / "model.safetensors")
+    (saved / "model.safetensors").unlink()
+    parameters = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
+    for how in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(parameters, saved / "pytorch_model.bin", **how)
+        assert_same(load_model(saved), build())
+        found = read_weights(saved, build())
+        assert not any(weight.requires_grad for _, weight in found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {3: torch.ones(2)},
+        {"a": torch.ones(2, 2).to_sparse()},
+        {"a": torch.ones(2, device="meta")},
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(saved, content):
+    (saved / "model.safetensors").unlink()
+    torch.save(content, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="is not a plain dictionary of tensors"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_of_other_dtypes_are_refused(saved, dtype):
+    rewrite(saved, lambda w: {name: weight.to(dtype) for name, weight in w.items()})
+    with pytest.raises(ValueError, match=f"is of {dtype} in .*; weights are float32, bfloat16"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expansion_ratio": float("inf")}, "expansion_ratio is inf; it must be from 0 on, and be"),
+        ({"expansion_ratio": -1}, "expansion_ratio is -1; it must be from 0 on"),
+        ({"expansion_ratio": 0}, "expansion_ratio is 0; an MLP needs a width"),
+        ({"d_model": 6 * 2**62}, "it must be from 0 on, and below 2.*31"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_eps is nan; it must be from 0 on"),
+        ({"norm_eps": 0.5, "layer_norm_epsilon": 1e-5}, "norm_eps is 0.5, but layer_norm_epsilon"),
+        (
+            {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": -2}},
+            "kv_n_heads is -2; it must be from 0 on",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_named(saved, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+        load_model(saved)
+
+
+def test_a_file_without_bottom_is_named(saved):
+    (saved / "config.json").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_model(saved)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"wte": 3}}])

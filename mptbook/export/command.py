@@ -76,8 +76,8 @@ class Export(RunSettings):
             try:
                 engine.write(folder, fresh, dtype, *how)
             except OSError as error:
-                if error.filename is not None:
-                    raise
+                if error.filename is not None or type(error) is not OSError:
+                    raise  # it says what is the matter
                 raise OSError(f"cannot write {self.out}: {error}") from error
             said = self._verified(folder, fresh, dtype) if self.verify else "not verified"
         size = sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
@@ -98,6 +98,8 @@ class Export(RunSettings):
             worst = fastertransformer.read_back(folder, out)
             return f"read back: weights differ by at most {worst:.1e}"
         config = read_config(folder)
+        if config.max_seq_len < 2:
+            return "not verified: nothing is to be written in texts of one token"
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
         asked = verify.some_prompt(tokenizer, config.max_seq_len, config.vocab_size)
         prompt, _ = asked

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from mptbook.directory import template_of
 from mptbook.export.source import described, place, token_names
 from mptbook.export.verify import Written, engine
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.tokenizer import chat
-from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import finite, read_weights
 
@@ -169,10 +168,11 @@ def _add_vocabulary(writer, gguf, folder: Path, n_ids: int) -> None:
     about = json.loads(tokenizer.backend.to_str())
     split = about["pre_tokenizer"] or {}
     rules = split.get("type"), split.get("add_prefix_space"), split.get("use_regex", True)
-    if rules != ("ByteLevel", False, True):
+    kind = about["model"]["type"]
+    if (*rules, kind) != ("ByteLevel", False, True, "BPE"):
         raise ValueError(
-            f"{folder}/tokenizer.json splits texts by {split}; llama.cpp would split them as GPT-2 "
-            "does, so export to another target"
+            f"{folder}/tokenizer.json splits texts by {split}, and their words by {kind}; "
+            "llama.cpp would split them as GPT-2 does, so export to another target"
         )
     names = token_names(tokenizer, n_ids, "[PAD{}]")
     types = [
@@ -191,6 +191,6 @@ def _add_vocabulary(writer, gguf, folder: Path, n_ids: int) -> None:
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
-    if (folder / chat.FILE).is_file():
-        template = ChatTemplate.load(folder)
+    template = template_of(folder)
+    if template is not None:
         writer.add_chat_template(template.source)

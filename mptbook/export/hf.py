@@ -75,18 +75,12 @@ def greedy(out: Path, ids: list[int], new_tokens: int) -> Written:
     read_config(out)
     with bars_on_a_terminal_only():
         model = MptForCausalLM.from_pretrained(out, local_files_only=True).eval()
-    answer = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        eos_token_id=None,
-        pad_token_id=0,
-        do_sample=False,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    written = answer.sequences[0, len(ids) :].tolist()
-    logs = [logits[0].float().log_softmax(-1) for logits in answer.logits]
-    return [(token, float(log[token])) for token, log in zip(written, logs, strict=True)]
+    # Not by `generate`, which does what generation_config.json says besides.
+    past, given, written = None, ids, []
+    for _ in range(new_tokens):
+        answer = model(torch.tensor([given]), past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        log = answer.logits[0, -1].float().log_softmax(-1)
+        given = [int(log.argmax())]
+        written.append((given[0], float(log[given[0]])))
+    return written

@@ -9,6 +9,7 @@ from mptbook.export.fields import refuse
 from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.tokenizer import Tokenizer
+from mptbook.weights import read_json
 
 
 def described(folder: Path, target: str) -> MPT:
@@ -48,8 +49,14 @@ def token_names(tokenizer: Tokenizer, n_ids: int, missing: str) -> list[str]:
 
 
 def copy_about(folder: Path, out: Path) -> None:
-    """Copy what a model directory has beside its weights."""
+    """Copy what a model directory has beside its weights.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
     for pattern in ABOUT:
         for file in folder.glob(pattern):
             if not file.name.endswith(".index.json"):
+                if file.suffix == ".json":
+                    read_json(file)
                 (out / file.name).write_bytes(file.read_bytes())

@@ -80,7 +80,7 @@ def compared(folder: Path, prompt: Sequence[int], written: Written) -> Compariso
     Weights of bfloat16 stay so in memory, and are widened piece by piece.
     """
     model = load(folder)
-    if next(model.parameters()).dtype != torch.float32:  # stored in float16, say
+    if any(weight.dtype != torch.float32 for weight in model.parameters()):  # float16, say
         model = model.float()
     return compare(model, prompt, written)
 

@@ -21,6 +21,7 @@ from mptbook.directory import (
     load_model,
     parse_config,
     read_config,
+    template_of,
     write_about,
 )
 from mptbook.infer.quantize import (
@@ -35,8 +36,6 @@ from mptbook.infer.quantize import (
 )
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.tokenizer import chat
-from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import (
     check_complete,
@@ -71,7 +70,8 @@ def load(
     Args:
         path: as for `mptbook.directory.load_model`; also a directory of packed weights.
         bits: pack the weights, see `mptbook.infer.quantize.pack`. None: as they are stored, but
-            on a CPU bfloat16 is widened in products where the processor has no units for it.
+            on a CPU bfloat16 is widened in products where the processor has no units for it, and
+            of several dtypes in one model all but bfloat16 become float32.
         device: where the weights go.
 
     Raises:
@@ -82,12 +82,14 @@ def load(
     how = about.get("quantization_config")
     if how is not None:
         return _load_packed(folder, about, how, bits, device)
-    if bits is None and (str(device) != "cpu" or _stored(folder) != torch.bfloat16):
+    dtypes = _dtypes(folder)
+    widened = str(device) == "cpu" and torch.bfloat16 in dtypes
+    if bits is None and len(dtypes) == 1 and not widened:
         return load_model(folder, device=device)
     with torch.device("meta"):
         model = MPT(read_config(folder))
     for name, tensor in read_weights(folder, model):
-        if is_packed(name):
+        if is_packed(name) and (bits or tensor.dtype == torch.bfloat16):
             packed, scale = _packed(name, tensor, bits or 16)
             _replace(model, name, packed.to(device), scale, device)
         else:
@@ -124,7 +126,7 @@ def save_packed(
     with torch.device("meta"):
         model = MPT(config)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    template = ChatTemplate.load(folder) if (folder / chat.FILE).is_file() else None
+    template = template_of(folder)
     with fresh_directory(out, replace=False) as fresh:
         _write_shards(_stored_tensors(read_weights(folder, model), bits), fresh)
         for name, error in _read_back(read_weights(folder, model), fresh, bits):
@@ -280,16 +282,16 @@ def _fill(model: MPT, name: str, values: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
 
 
-def _stored(folder: Path) -> torch.dtype:
-    """The dtype of the first weight in the files.
+def _dtypes(folder: Path) -> set[torch.dtype]:
+    """Those of the weights in the files.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
-    first = next(iter(read_tensors(folder)), None)
-    if first is None:
+    found = {tensor.dtype for _, _, tensor in read_tensors(folder)}
+    if not found:
         raise ValueError(f"the files in {folder} hold no weight; fetch them again")
-    return first[2].dtype
+    return found
 
 
 def _ready(model: MPT, device) -> MPT:

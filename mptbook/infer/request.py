@@ -39,6 +39,8 @@ class Request:
             raise ValueError("the prompt has no tokens; give at least one")
         if self.max_new_tokens < (0 if self.echo else 1):
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must have 64 bits at most")
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature is {self.temperature}; it must be a number")
         check_sampling(self.temperature, self.top_k, self.top_p)

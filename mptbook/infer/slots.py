@@ -43,6 +43,9 @@ class Slots:
         n_tokens: T.
         dtype: of what is kept. None: float32 where the model's weights are, else bfloat16. int8
             has a scale for each vector.
+
+    Raises:
+        ValueError: if there is no memory for them.
     """
 
     def __init__(
@@ -60,8 +63,14 @@ class Slots:
             dtype = "float32" if whole else "bfloat16"
         shape = model.config.n_layers, n_slots, attn.kv_heads, n_tokens, attn.width
         # Zeros, so that the memory is taken now and not while a request waits.
-        self.keys = torch.zeros(shape, dtype=getattr(torch, dtype), device=model.device)
-        self.values = torch.zeros_like(self.keys)
+        try:
+            self.keys = torch.zeros(shape, dtype=getattr(torch, dtype), device=model.device)
+            self.values = torch.zeros_like(self.keys)
+        except RuntimeError as error:
+            raise ValueError(
+                f"there is no memory for {n_slots} slots of {n_tokens:,} tokens; ask for fewer of "
+                f"either ({str(error).splitlines()[0]})"
+            ) from None
         scales = shape[:-1] if dtype == "int8" else (0, 0, 0, 0)
         self.key_scale = torch.zeros(scales, device=model.device)
         self.value_scale = torch.zeros_like(self.key_scale)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic_settings import CliPositionalArg
 
-from mptbook.directory import find_directory
+from mptbook.directory import find_directory, template_of
 from mptbook.infer.engine import Engine
 from mptbook.infer.load import BitsSetting, load, weight_bytes
 from mptbook.infer.slots import CacheDtype, Slots
@@ -209,10 +209,7 @@ def find_template(said: str, folder: Path) -> ChatTemplate | None:
     """The template that is named, or the directory's own; None if it has none."""
     if said:
         return ChatTemplate.load(said)
-    try:
-        return ChatTemplate.load(folder)
-    except FileNotFoundError:
-        return None
+    return template_of(folder)
 
 
 def name_of(said: str, folder: Path) -> str:

@@ -87,7 +87,7 @@ class ChatTemplate:
                 bos_token="",
                 eos_token=END_OF_TEXT,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, which may do anything
             raise ValueError(f"the chat template: {error}") from None
 
     def pieces(self, messages: Messages) -> list[tuple[str, bool]]:
@@ -252,13 +252,17 @@ def _ended(text: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for folder in (path, path / "model"):
-        if (folder / FILE).is_file():
-            return (folder / FILE).read_text(encoding="utf-8")
-        about = folder / "tokenizer_config.json"  # where older releases have it
-        found = json.loads(about.read_text()).get("chat_template") if about.is_file() else None
+    older = "tokenizer_config.json"  # where older releases have it
+    places = [folder / name for folder in (path, path / "model") for name in (FILE, older)]
+    for file in (each for each in (path, *places) if each.is_file()):
+        try:
+            text = file.read_text(encoding="utf-8")
+            if file.name != older:
+                return text
+            about = json.loads(text)
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        found = about.get("chat_template") if isinstance(about, dict) else None
         if isinstance(found, str):
             return found
     raise FileNotFoundError(

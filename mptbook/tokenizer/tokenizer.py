@@ -127,9 +127,18 @@ class Tokenizer:
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> list[list[int]]:
-        """The ids of many texts, on all cores."""
+        """The ids of many texts, on all cores.
+
+        Raises:
+            ValueError: if one of them is not valid Unicode.
+        """
         backend = self._allowing_special if allow_special else self.backend
-        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                text.encode()  # which says what and where: it is a ValueError
+            raise
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import gguf as library
 import pytest
 import torch
 from exported_model import export_model_of_width, verify_model_of_width
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from mptbook import Tokenizer, load_model, save_model
 from mptbook.__main__ import main
 from mptbook.bench.measure import peak_memory
+from mptbook.directory import template_of
 from mptbook.export import gguf
 from mptbook.infer.generate import generate
 from mptbook.infer.load import load
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.bpe import train_bpe
+from mptbook.tokenizer.chat import NAMED, ChatTemplate
 
 
 @pytest.fixture
@@ -189,6 +192,46 @@ def test_weights_may_be_float64_or_lie_transposed(folder, capsys, target, kind):
     assert main(["export", str(folder), *how]) == 0
     said = capsys.readouterr().out
     assert ", 16 are those" in said or "by at most 0.0e+00" in said
+
+
+@pytest.mark.parametrize("target", ["int8", "int4", "hf", "gguf"])
+def test_a_chat_template_goes_along_wherever_it_lies(folder, target):
+    file = folder / "tokenizer_config.json"  # where older releases have it
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": NAMED["chatml"]}))
+    out = folder.parent / "out"
+    assert main(["export", str(folder), "--to", target, "--out", str(out)]) == 0
+    if target == "gguf":
+        kept = library.GGUFReader(out / "model-f32.gguf").get_field("tokenizer.chat_template")
+        assert kept.contents() == NAMED["chatml"]
+    else:
+        assert template_of(out) == ChatTemplate.load("chatml")
+
+
+@pytest.mark.parametrize("target", ["gguf", "ctranslate2", "fastertransformer"])
+def test_what_is_missing_is_said_as_it_is(folder, capsys, target):
+    (folder / "tokenizer.json").unlink()
+    how = ["--to", target, "--out", str(folder.parent / "out")]
+    assert main(["export", str(folder), *how]) == 2
+    assert capsys.readouterr().err.startswith("error: no tokenizer at ")
+
+
+def test_what_a_directory_says_of_generating_is_not_followed_when_it_is_verified(folder, capsys):
+    about, out = folder / "generation_config.json", folder.parent / "out"
+    wishes = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "max_time": 1e-9}
+    about.write_text(json.dumps(json.loads(about.read_text()) | wishes))
+    assert main(["export", str(folder), "--to", "hf", "--out", str(out)]) == 0
+    assert "of 16 tokens that hf wrote, 16" in capsys.readouterr().out
+    assert json.loads((out / about.name).read_text())["repetition_penalty"] == 5.0
+    about.write_text("[]")
+    assert main(["export", str(folder), "--to", "hf", "--out", str(out / "again")]) == 2
+    assert "generation_config.json holds a list" in capsys.readouterr().err
+
+
+def test_texts_of_one_token_cannot_be_verified(tmp_path, capsys):
+    config = MPTConfig(d_model=64, n_heads=4, n_layers=1, max_seq_len=1, vocab_size=300)
+    save_model(MPT(config), tmp_path / "m", train_bpe(["the cat sat on the mat\n"] * 5, 290))
+    assert main(["export", str(tmp_path / "m"), "--to", "gguf", "--out", str(tmp_path / "o")]) == 0
+    assert "not verified: nothing is to be written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["gguf", "ctranslate2"])

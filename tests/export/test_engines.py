@@ -231,6 +231,16 @@ def test_a_tokenizer_that_splits_otherwise_is_refused(tmp_path):
         gguf.write(folder, tmp_path, "f32")
 
 
+def test_a_tokenizer_of_whole_words_is_refused(tmp_path):
+    folder = make(tmp_path / "m")
+    words = {"<|endoftext|>": 0, "the": 1}
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"and their words by WordLevel; llama.cpp would split"):
+        gguf.write(folder, tmp_path, "f32")
+
+
 def test_a_likelihood_that_is_not_told_is_not_compared(tmp_path):
     folder = make(tmp_path / "m")
     out = tmp_path / "o"

@@ -160,6 +160,20 @@ def test_a_tokenizer_of_another_model_is_refused(model):
         generate(model, larger, "the cat")
 
 
+def test_what_cannot_be_asked_for_is_one_line_at_the_command_line(tmp_path, data, capsys):
+    shape = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
+    save_model(MPT(MPTConfig(**shape)), tmp_path / "m", Tokenizer.load(data))
+    for how, message in [
+        (["--prompt", "caf\udce9"], "surrogates not allowed"),
+        (["--max-new-tokens", str(10**11)], "no memory for 1 slots of 100,000,000,001 tokens"),
+        (["--seed", str(2**63)], "seed is 9223372036854775808; it must have 64 bits at most"),
+    ]:
+        assert main(["generate", str(tmp_path / "m"), *how]) == 2
+        found = capsys.readouterr().err
+        assert message in found
+        assert len(found.splitlines()) == 1
+
+
 def test_a_model_that_says_nothing_finite_is_one_line_at_the_command_line(tmp_path, data, capsys):
     shape = {"d_model": 24, "n_heads": 3, "n_layers": 1, "vocab_size": 320}
     model = MPT(MPTConfig(**shape))

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mptbook import load_model, save_model
+from mptbook import Tokenizer, load_model, save_model
 from mptbook.bench.measure import process_bytes
 from mptbook.infer import load as load_module
 from mptbook.infer import quantize as quantize_module
+from mptbook.infer.generate import generate
 from mptbook.infer.load import is_packed_directory, load, save_packed, weight_bytes
 from mptbook.infer.quantize import PackedLinear, quantize
 from mptbook.model.config import MPTConfig
@@ -20,6 +21,7 @@ from mptbook.tokenizer.bpe import train_bpe
 from mptbook.tokenizer.chat import ChatTemplate
 
 CONFIG = MPTConfig(d_model=128, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300)
+FILE, OLDER = "model.safetensors", "pytorch_model.bin"
 IDS = torch.randint(0, 300, (2, 15), generator=torch.Generator().manual_seed(0))
 
 
@@ -177,6 +179,24 @@ def test_what_is_written_is_read_back(folder, tmp_path, monkeypatch, name):
     with pytest.raises(ValueError, match=f"the new files hold another {name} than the model"):
         save_packed(folder, tmp_path / "slipped", 8)
     assert not (tmp_path / "slipped").exists()
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("rest", [torch.bfloat16, torch.float32, torch.float16])
+def test_weights_of_several_dtypes_are_each_what_they_are(folder, first, rest):
+    name = "transformer.wte.weight"
+    weights = {name: weight.to(rest) for name, weight in load_file(folder / FILE).items()}
+    whole = {name: load_file(folder / FILE)[name].to(first)}  # first in the file, too
+    (folder / FILE).unlink()
+    torch.save(
+        whole | {n: w for n, w in weights.items() if n != name}, folder / "pytorch_model.bin"
+    )
+    found, expected = load(folder), load_model(folder, torch.float32)
+    if first == rest == torch.float16:
+        found = found.float()
+    torch.testing.assert_close(logits(found), logits(expected), rtol=1e-5, atol=1e-5)
+    (text,) = generate(load(folder), Tokenizer.load(folder), "the", max_new_tokens=5)
+    assert text == generate(expected, Tokenizer.load(folder), "the", max_new_tokens=5)[0]
 
 
 def test_a_file_without_weights_is_named(folder):

@@ -60,6 +60,20 @@ def test_chatml_is_written_out():
     )
 
 
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ range(999999999) | list }}", "{{ a.b.c }}"])
+def test_a_template_that_fails_is_a_mistake_of_its_writer(source):
+    with pytest.raises(ValueError, match="the chat template: "):
+        ChatTemplate(source).render([ASK])
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+def test_a_damaged_file_beside_a_tokenizer_is_named_or_has_no_template(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    kind = FileNotFoundError if content == b"[]" else ValueError
+    with pytest.raises(kind, match=r"has no chat template|tokenizer_config\.json cannot be read"):
+        ChatTemplate.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("messages", [[ASK], [SYSTEM, ASK], [ASK, TELL], [ASK, TELL, ASK]])
 def test_transformers_makes_the_same_text_of_a_template(name, messages, tokenizer):
