@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -106,7 +106,7 @@ def test_what_loads_the_model_leaves_no_workers_beside_those_of_the_engine():
 
 
 LOADS = """
-import sys, torch
+import signal, sys, torch
 from mptbook.__main__ import main
 from mptbook.serve.command import Serve
 
@@ -115,16 +115,28 @@ def load(*_):
     while True:
         torch.rand(500, 500) @ torch.rand(500, 500)
 
+# A job that a shell has put into the background is born without.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 Serve._slots = load
 sys.exit(main(["serve", sys.argv[1], "--port", "0"]))
 """
 
 
+@contextmanager
+def ended(words):
+    """A process that does not outlive the test, whatever becomes of it."""
+    with subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_ctrl_c_ends_a_server_that_still_loads(folder):
     words = [sys.executable, "-c", LOADS, str(folder)]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with ended(words) as process:
         assert process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
@@ -133,9 +145,7 @@ def test_ctrl_c_ends_a_server_that_still_loads(folder):
 
 def test_ctrl_c_once_more_does_not_wait_for_what_runs(folder):
     words = [sys.executable, "-m", "mptbook", "serve", folder, "--port", "0", "--tokens", "9000"]
-    with subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with ended(words) as process:
         url = process.stdout.readline().split()[2].rstrip(":")
         body = {"model": "m", "prompt": "the", "max_tokens": 4000, "temperature": 0, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
