@@ -147,8 +147,8 @@ def elsewhere(function: Callable[..., T], *arguments: Any) -> T:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=call, daemon=True)  # Ctrl-C need not wait for it
-    thread.start()
     try:
+        thread.start()
         found = outcome.result()
     except KeyboardInterrupt:
         # Python would end below a thread that is inside of a library, which then aborts.
