@@ -1,9 +1,17 @@
 """MPT models: train, finetune, evaluate, export and serve them; the package behind the book."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# How often a thread looks whether the others are done, before it sleeps; torch's OpenMP and Numba's
+# read it when they are loaded. By default they look for milliseconds: beside another busy program
+# threads then wait for those that their looking keeps from running. On two cores a token took 30
+# times as long beside one such program, and with this twice as long; alone, both take the same.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Each name is imported when it is first used: `import mptbook` costs no more than a dict.
 _HOME = {

@@ -46,11 +46,6 @@ VERBS = {
     "bench tokenizer": ("mptbook.bench.tokenizer", "BenchTokenizer", "text to ids and back"),
 }
 
-# How often a thread of a server looks whether the others are done, before it sleeps. By default
-# OpenMP looks for milliseconds: beside another such program each waits for threads that the
-# other's looking keeps from running, and a step takes 40 times as long (measured, two cores).
-SPINS = "1000"
-
 
 def usage() -> str:
     width = max(map(len, VERBS))
@@ -93,8 +88,6 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {verb} is not a verb; mptbook has {', '.join(VERBS)}", file=sys.stderr)
         return 2
     module, name, _ = VERBS[verb]
-    if verb == "serve" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # which is read when torch is loaded
     settings = getattr(importlib.import_module(module), name)
     settings.from_command_line(verb, rest).run()
     return 0

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mptbook
 
 WIDEN = """
@@ -38,3 +40,16 @@ def test_a_kept_loop_is_compiled_again_when_a_file_that_it_calls_has_changed(tmp
     assert text.count("uint32(0x7FFF)") == 1  # rounds to the nearest
     compiled.write_text(text.replace("uint32(0x7FFF)", "uint32(0xFFFF)"))  # rounds up
     assert run() == [128.0, 0]
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_sleep_soon_unless_the_user_says_how_they_wait(said, spins):
+    usual = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ask = "import os, sys, mptbook; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=usual | said, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [spins, "False"]  # torch reads it when it is loaded

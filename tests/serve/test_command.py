@@ -263,20 +263,6 @@ def test_learned_positions_end(tmp_path, capsys):
     assert "learned positions end at max_seq_len=32" in found
 
 
-@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
-def test_threads_sleep_soon_unless_the_user_says_how_they_wait(capsys, monkeypatch, name):
-    for each in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(each, "")  # so that it is as before in the end
-        monkeypatch.delenv(each)
-    assert main(["serve", "nowhere"]) == 2
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    monkeypatch.setenv(name, "7")
-    assert main(["serve", "nowhere"]) == 2
-    assert os.environ.get("GOMP_SPINCOUNT") == ("7" if name == "GOMP_SPINCOUNT" else None)
-    capsys.readouterr()
-
-
 def test_a_model_is_called_after_its_folder_its_run_or_the_hub(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert name_of(str(tmp_path / "run"), tmp_path / "run") == "run"
