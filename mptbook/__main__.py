@@ -4,7 +4,9 @@ import importlib
 import os
 import sys
 
-from mptbook.settings import Ended
+from pydantic import ValidationError
+
+from mptbook.settings import Ended, first_mistake
 
 VERBS = {
     "corpora": ("mptbook.data.corpora", "Corpora", "fetch the default texts; list them"),
@@ -14,7 +16,7 @@ VERBS = {
     "finetune": ("mptbook.finetune.sft", "Finetune", "teach a model to answer"),
     "merge": ("mptbook.finetune.lora", "Merge", "a model directory of a model and its adapters"),
     "history": ("mptbook.train.history", "History", "what happened to a run"),
-    "consolidate": ("mptbook.train.snapshot", "Consolidate", "a model directory of a checkpoint"),
+    "consolidate": ("mptbook.train.checkpoint", "Consolidate", "a model directory of a checkpoint"),
     "generate": ("mptbook.infer.generate", "Generate", "continue a prompt"),
     "evaluate": ("mptbook.eval.command", "Evaluate", "bits per byte, or a suite of tasks"),
     "ask": ("mptbook.infer.chat", "Ask", "put a question to a finetuned model"),
@@ -73,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if str(error):
             _wait_to_speak(error)
-            print(f"error: {error}", file=sys.stderr)
+            said = first_mistake(error) if isinstance(error, ValidationError) else error
+            print(f"error: {said}", file=sys.stderr)
         return _exit_code(error)
 
 

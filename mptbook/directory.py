@@ -177,10 +177,7 @@ def parse_config(file: Path, released: dict[str, Any]) -> MPTConfig:
     released = {key: value for key, value in released.items() if key != "quantization_config"}
     try:
         config = MPTConfig.from_hf(released)
-        for part in (config, config.attn_config, config.init_config):
-            _check_values(part)
-        if config.mlp_width < 1:
-            raise ValueError(f"expansion_ratio is {config.expansion_ratio}; an MLP needs a width")
+        check_values(config)
         epsilon = released.get("layer_norm_epsilon", config.norm_eps)
         if released.get("norm_eps", epsilon) != epsilon:
             raise ValueError(
@@ -192,17 +189,20 @@ def parse_config(file: Path, released: dict[str, Any]) -> MPTConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _check_values(part: Any) -> None:
-    """See that fields have their types, and numbers a size that can be meant."""
-    for each in fields(part):
-        value = getattr(part, each.name)
-        if isinstance(value, int | float) and not 0 <= value < 2**31:
-            raise ValueError(f"{each.name} is {value}; it must be from 0 on, and below 2**31")
-        try:
-            TypeAdapter(each.type).validate_python(value, strict=True)
-        except ValidationError:
-            kind = each.type.__name__ if isinstance(each.type, type) else each.type
-            raise ValueError(f"{each.name} is {value!r}; it must be {kind}") from None
+def check_values(config: MPTConfig) -> None:
+    """Raise a ValueError for a field without its type, or a number that cannot be meant."""
+    for part in (config, config.attn_config, config.init_config):
+        for each in fields(part):
+            value = getattr(part, each.name)
+            if isinstance(value, int | float) and not 0 <= value < 2**31:
+                raise ValueError(f"{each.name} is {value}; it must be from 0 on, and below 2**31")
+            try:
+                TypeAdapter(each.type).validate_python(value, strict=True)
+            except ValidationError:
+                kind = each.type.__name__ if isinstance(each.type, type) else each.type
+                raise ValueError(f"{each.name} is {value!r}; it must be {kind}") from None
+    if config.mlp_width < 1:
+        raise ValueError(f"expansion_ratio is {config.expansion_ratio}; an MLP needs a width")
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path:

@@ -1,11 +1,12 @@
 """Run settings: typed models, filled from a TOML file and then from command-line flags."""
 
 import difflib
+import json
 import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Self
+from typing import Self, get_origin
 
 import platformdirs
 from pydantic import ValidationError
@@ -32,6 +33,18 @@ def cache_dir() -> Path:
 def fast_mode() -> bool:
     """Whether `MPTBOOK_FAST=1` asks chapters for a few seconds instead of a few minutes."""
     return os.environ.get("MPTBOOK_FAST", "0") not in ("", "0")
+
+
+def check_figures(out: Path) -> None:
+    """Raise a ValueError if figures would be written over a file that has none, as JSON."""
+    if not out.exists():
+        return
+    try:
+        there = json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(f"{out} is there already and holds no figures; choose another --out")
 
 
 class RunSettings(BaseSettings):
@@ -72,15 +85,22 @@ class RunSettings(BaseSettings):
             SystemExit: after `--help`.
         """
         arguments, path = _take_config(arguments)
+        _check_pairs(cls, arguments)
+        written = _read_toml(path) if path else {}
+        for name in set(written) & set(_tables(cls)):
+            if not isinstance(written[name], dict):  # a flag of the table would replace it unseen
+                raise ValueError(
+                    f"{name}={written[name]!r}: it is a table; write [{name}] in {path}"
+                )
         try:
             return cls(
                 _cli_parse_args=arguments,
                 _cli_prog_name=f"mptbook {verb}",
                 _cli_exit_on_error=False,
-                **(_read_toml(path) if path else {}),
+                **written,
             )
         except ValidationError as error:
-            raise ValueError(_first_mistake(cls, error)) from None
+            raise ValueError(first_mistake(error, cls)) from None
         except SettingsError as error:
             raise ValueError(_unknown_flag(cls, str(error))) from None
 
@@ -106,6 +126,40 @@ def _kebab(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def _check_pairs(cls, arguments: list[str]) -> None:
+    """See that `--flag key=value` has a key, and that no two sources have the same name.
+
+    Of other values the last counts, which so replaces one of a script.
+    """
+    fields = cls.model_fields
+    kinds = {"--" + name.replace("_", "-"): fields[name].annotation for name in _tables(cls)}
+    seen = set()
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if get_origin(kinds.get(flag)) is not dict:
+            continue
+        if not equals:
+            value = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if value.startswith("{"):  # JSON
+            continue
+        key, equals, _ = value.partition("=")
+        if not key or not equals:
+            raise ValueError(f"{flag} {value}: it must be NAME=VALUE")
+        if (flag, key) in seen and kinds[flag] == dict[str, str]:
+            raise ValueError(f"{flag} has {key} twice; give each name once")
+        seen.add((flag, key))
+
+
+def _tables(cls) -> list[str]:
+    """Settings that have settings or names below them."""
+    kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+    return [
+        name
+        for name, kind in kinds.items()
+        if get_origin(kind) is dict or (isinstance(kind, type) and hasattr(kind, "model_fields"))
+    ]
 
 
 def _read_toml(path: str | Path) -> dict:
@@ -143,11 +197,14 @@ def _unknown_flag(cls, message: str) -> str:
     return message.removeprefix("error parsing CLI: ").replace("\n", " ")
 
 
-def _first_mistake(cls, error: ValidationError) -> str:
+def first_mistake(error: ValidationError, cls: type[RunSettings] | None = None) -> str:
+    """One line for the first value that does not fit."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and cls is not None:
         return _not_a_setting(cls, name)
     if first["type"] == "missing":
         return f"{name} is missing; give it as --{name.replace('_', '-')} or in the TOML file"
+    if not name:  # it is about several values
+        return first["msg"].removeprefix("Value error, ")
     return f"{name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -73,6 +73,8 @@ def device(name: str = "auto") -> torch.device:
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device is {name}; it must be auto, cpu, cuda or cuda:NUMBER")
     if name.startswith("cuda") and not cuda:
         raise ValueError(f"device is {name}, but no CUDA device is here; use --device cpu")
     if name == "cuda" and launched():

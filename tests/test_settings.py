@@ -20,6 +20,8 @@ class Walk(RunSettings):
     steps: PositiveInt = Field(7, description="how many")
     batch_tokens: int = 64
     optim: Inner = Inner()
+    source: dict[str, str] = Field({}, description="NAME=PATH")
+    mixture: dict[str, float] = Field({}, description="NAME=WEIGHT")
 
 
 def read(*arguments):
@@ -133,3 +135,23 @@ def test_public_names_are_all_there():
     assert all(getattr(mptbook, name).__name__ for name in mptbook.__all__)
     with pytest.raises(AttributeError, match="mptbook has no trainer; it has MPT,"):
         _ = mptbook.trainer
+
+
+@pytest.mark.parametrize("words", [("--source", "a=x"), ("--source=a=x",)])
+def test_two_sources_of_one_name_are_refused(words):
+    assert read(*words, "--source", "b=y").source == {"a": "x", "b": "y"}
+    with pytest.raises(ValueError, match="--source has a twice; give each name once"):
+        read(*words, "--source", "a=y")
+    assert read("--mixture", "a=1", "--mixture", "a=2").mixture == {"a": 2.0}
+
+
+def test_a_source_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="--source a/folder: it must be NAME=VALUE"):
+        read("--source", "a/folder")
+
+
+def test_a_value_in_the_place_of_a_table_is_refused_beside_flags_too(tmp_path):
+    path = tmp_path / "walk.toml"
+    path.write_text('optim = "fast"\n')
+    with pytest.raises(ValueError, match=r"optim='fast': it is a table; write \[optim\] in"):
+        read("--config", str(path), "--optim.lr", "1e-3")

@@ -146,7 +146,7 @@ def _turn(turn: Any) -> Any:
         return turn
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
-    if role is None or content is None:
+    if not isinstance(role, str) or content is None:
         return turn
     return {"role": ALIASES.get(role, role), "content": content}
 

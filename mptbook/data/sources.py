@@ -1,6 +1,7 @@
 """Documents out of local files and of datasets of the hub."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import pyarrow
 HUB = "hf:"  # how a source says that it is a dataset of the hub
 KINDS = ".txt", ".jsonl", ".parquet", ".arrow"
 COLUMNS = "text", "content"  # where a row may have its text; the first that it has is read
+
+SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,18 @@ def open_table(file: Path) -> datasets.Dataset:
 def _json_lines(file: Path) -> Iterator[dict]:
     for number, line in enumerate(decode(str(file), file.read_bytes()).split("\n"), start=1):
         try:
-            if line.strip():
-                yield json.loads(line)
-        except json.JSONDecodeError as error:
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if SURROGATE.search(line):  # half of a pair is no character, and no tokenizer takes it
+                json.dumps(row, ensure_ascii=False).encode()
+        except (json.JSONDecodeError, UnicodeEncodeError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}, is not JSON ({error}); mend it") from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f'{file}, line {number}, is no object such as {{"text": ...}}; mend it'
+            )
+        yield row
 
 
 def _rows(name: str, rows: Iterable[dict], wanted: str) -> Iterator[Document]:

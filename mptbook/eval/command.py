@@ -24,11 +24,13 @@ from mptbook.eval.suite import Suite, categories, load_suite, run_task
 from mptbook.eval.tasks import Task, pose
 from mptbook.fsdp import Sharding, load_sharded
 from mptbook.infer.load import is_packed_directory, load
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.tokenizer import Tokenizer
 
+OF_SUITES = {"tasks", "items", "on_bad", "max_tokens", "batch_tokens", "share", "out", "figure"}
 SECONDS_BETWEEN_LINES = 10  # where the output is not a terminal
 
 
@@ -66,6 +68,11 @@ class Evaluate(RunSettings):
     figure: Path | None = Field(None, description="bars of accuracy, as .svg or .png")
 
     def run(self) -> None:
+        for name in sorted(self.model_fields_set & ({"source"} if self.suite else OF_SUITES)):
+            way_out = "leave one of them out" if self.suite else "add --suite default"
+            raise ValueError(
+                f"{name} has no effect with{'' if self.suite else 'out'} a suite; {way_out}"
+            )
         if self.suite:
             self._run_suite(load_suite(self.suite))
         else:
@@ -83,6 +90,7 @@ class Evaluate(RunSettings):
     def _evaluate(self, model: MPT, tokenizer: Tokenizer) -> None:
         from mptbook.data.corpora import default_domains, load_domain  # most of a second
 
+        check_vocabulary(tokenizer, model.config.vocab_size)
         total = Prediction(0.0, 0, 0)
         for name, source in (self.source or dict.fromkeys(default_domains())).items():
             domain = partial(load_domain, name, "heldout", source)

@@ -20,9 +20,10 @@ from mptbook.data.sources import decode
 from mptbook.directory import find_directory, load_model
 from mptbook.eval.recall import Choice, book_question, key_values
 from mptbook.infer.cache import KVCache
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.mpt import MPT
 from mptbook.model.precision import Precision, autocast
-from mptbook.settings import RunSettings
+from mptbook.settings import RunSettings, check_figures
 from mptbook.tokenizer.tokenizer import Tokenizer
 
 PLACES = {"begin": 0.1, "middle": 0.5, "end": 0.9}  # part of the text that stands before
@@ -211,9 +212,12 @@ class LongContext(RunSettings):
     out: Path | None = Field(None, description="where to write the figures as JSON")
 
     def run(self) -> None:
+        if self.out is not None:
+            check_figures(self.out)
         book = decode(str(self.book), self.book.read_bytes())
         model = load_model(self.model)
         tokenizer = Tokenizer.load(find_directory(self.model))
+        check_vocabulary(tokenizer, model.config.vocab_size)
         figures = examine(
             model,
             tokenizer,

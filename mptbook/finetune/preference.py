@@ -23,6 +23,7 @@ from mptbook.data.preferences import LICENCE, SOURCE, Pair, default_pairs, read_
 from mptbook.directory import find_directory, load_model, save_model
 from mptbook.finetune.dpo import EncodedPair, encode_pairs, margins, pair_log_probs
 from mptbook.finetune.lora import Lora, add_adapters, initialise_adapters, merge
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.precision import Precision
 from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate
@@ -126,8 +127,9 @@ def prefer(settings: Preference, quiet: bool = False) -> Path:
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate.load(settings.template or folder)
     model = load_model(folder, torch.float32, world.device(settings.device))
+    check_vocabulary(tokenizer, model.config.vocab_size)
     train, heldout, lines = _pairs(settings, template, tokenizer, model.config.max_seq_len)
-    claim(settings.out, settings.resume)
+    claim(settings)
     with locked(settings.out), PairLog(settings.out, quiet) as log, hushed():
         write_settings(settings.out, settings)
         keep_freed_memory()
@@ -172,7 +174,7 @@ def _check_resume(settings: Preference) -> None:
     if not settings.resume or not file.exists():
         return
     begun = tomllib.loads(file.read_text(encoding="utf-8"))
-    for name, value in settings.model_dump(mode="json", exclude_none=True).items():
+    for name, value in settings.model_dump(mode="json").items():
         if name not in FREE and begun.get(name) != value:
             raise ValueError(
                 f"{settings.out} was begun with {name}={begun.get(name)}, not {value}; go on with "

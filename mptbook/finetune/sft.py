@@ -34,6 +34,7 @@ from mptbook.finetune.lora import (
 )
 from mptbook.finetune.measure import answered, few, response_loss
 from mptbook.fsdp import shard
+from mptbook.infer.text import check_vocabulary
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.tokenizer.chat import ChatTemplate, LossOn
@@ -141,6 +142,7 @@ class FinetuneRun(Run):
         """
         folder = world.from_first(lambda: find_directory(settings.model))
         config, tokenizer = read_config(folder), Tokenizer.load(folder)
+        check_vocabulary(tokenizer, config.vocab_size)
         template = ChatTemplate.load(settings.template)
         row_tokens = settings.row_tokens or config.max_seq_len
         if config.has_positions and row_tokens > config.max_seq_len:

@@ -13,7 +13,7 @@ from mptbook.plan.costs import GIB, gpu_named
 from mptbook.plan.memory import Setup
 from mptbook.plan.run import training
 from mptbook.plan.serving import BITS, serving
-from mptbook.settings import RunSettings
+from mptbook.settings import RunSettings, check_figures
 
 EVERY = {"none": 0, "block": 1}  # what --recompute may say beside a number
 
@@ -43,6 +43,8 @@ class Plan(RunSettings):
 
     def run(self) -> None:
         """Print the plan; what does not fit is printed as far as it goes, and then refused."""
+        if self.out is not None:
+            check_figures(self.out)
         figures = self.figures()
         print("\n".join(lines(figures)))
         if self.out is not None:

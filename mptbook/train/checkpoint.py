@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Self
 
 import torch.distributed as dist
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
 
 from mptbook import world
-from mptbook.train.snapshot import Snapshot
+from mptbook.directory import require_absent
+from mptbook.settings import RunSettings
+from mptbook.train.snapshot import Snapshot, consolidate
 
 NAME = re.compile(r"step-(\d{6,})")
 SUMS = "SHA256SUMS"
@@ -231,3 +235,17 @@ def _synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Consolidate(RunSettings):
+    """Make a model directory of a checkpoint: `mptbook consolidate RUN/step-... --out DIR`."""
+
+    checkpoint: CliPositionalArg[Path] = Field(description="step-... folder of a run")
+    out: Path = Field(description="model directory to write")
+
+    def run(self) -> None:
+        require_absent(self.out)
+        if (self.checkpoint / "state.json").is_file() and (what := damage(self.checkpoint)):
+            raise ValueError(f"{self.checkpoint} is damaged: {what}; take another checkpoint")
+        consolidate(self.checkpoint, self.out)
+        print(f"model directory: {self.out}")

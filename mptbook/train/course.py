@@ -102,10 +102,19 @@ def train(settings: Training, run: Run) -> Path:
         Stopped: after SIGTERM, likewise.
         Diverged: if the loss left its course more often than `guard.rollbacks`.
     """
-    world.from_first(lambda: claim(settings.out, settings.resume))
+    world.from_first(lambda: claim(settings))
     with locked(settings.out):
         step, damaged = run.restore(settings.out)
         resumed = world.from_first(lambda: bool(checkpoints(settings.out)))
+        if step > settings.steps:
+            raise ValueError(
+                f"{settings.out} has taken {step:,} steps, more than steps={settings.steps:,}; go "
+                "on with as many or more, or choose another --out"
+            )
+        if not resumed and world.from_first((settings.out / "model").exists):
+            raise ValueError(
+                f"{settings.out} has a model and no checkpoint to go on from; choose another --out"
+            )
         world.from_first(lambda: write_settings(settings.out, settings))
         keep_freed_memory()
         with (

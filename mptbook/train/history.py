@@ -38,7 +38,7 @@ def decisions(run: str | Path) -> list[dict]:
     return [
         line
         for line in history
-        if line["kind"] not in QUIET and (line["kind"] != "step" or line["refused"])
+        if line["kind"] not in QUIET and (line["kind"] != "step" or line.get("refused"))
     ]
 
 

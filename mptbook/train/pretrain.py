@@ -40,6 +40,8 @@ class Pretrain(Training):
     @field_validator("shape")
     @classmethod
     def _typed(cls, shape: dict) -> dict:
+        if part := shape.keys() & {"attn_config", "init_config"}:
+            raise ValueError(f"give the fields of {part.pop()} by their own names")
         return {key: _value(text) if isinstance(text, str) else text for key, text in shape.items()}
 
     def train(self) -> Path:

@@ -11,7 +11,7 @@ import torch
 from mptbook import world
 from mptbook.data.curriculum import Curriculum, Stage
 from mptbook.data.loader import about_rows
-from mptbook.directory import find_directory, load_model, read_config
+from mptbook.directory import check_values, find_directory, load_model, read_config
 from mptbook.fsdp import shard
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
@@ -215,6 +215,7 @@ def _model(settings: "Pretrain", tokenizer: Tokenizer, row_tokens: int) -> MPT:
         config = MPTConfig.named(settings.model).replace(**changes)
     else:
         config = _config_of_weights(settings, tokenizer).replace(**changes)
+    check_values(config)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {settings.data} has {len(tokenizer)} ids, the model only "

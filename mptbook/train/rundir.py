@@ -1,5 +1,6 @@
 """The directory that a run lives in."""
 
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +15,27 @@ LOCK = ".lock"
 PARTIAL = "run.toml.partial"
 
 
-def claim(out: Path, resume: bool) -> None:
-    """Make the run directory, or see that it may be gone on with; for one process to call.
+def claim(settings: RunSettings) -> None:
+    """Make the run directory `out`, or see that it may be gone on with; for one process to call.
 
     Raises:
         FileExistsError: if it holds a run and `resume` is not set, or holds something else.
+        ValueError: if it holds a run of another verb.
     """
+    out, resume = settings.out, settings.resume
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     names -= {LOCK, PARTIAL}  # all that a run killed at its very start leaves
     started = "run.toml" in names
     if names and not (started and resume):
         way_out = "go on with --resume" if started else "it is not a run"
         raise FileExistsError(f"{out} is not empty; {way_out}, or choose another --out")
+    if started:
+        begun = tomllib.loads((out / "run.toml").read_text(encoding="utf-8"))
+        for name in begun.keys() - type(settings).model_fields.keys():
+            raise ValueError(
+                f"{out} was begun with {name}={begun[name]}, which this verb does not have; go on "
+                "with the verb that began it, or choose another --out"
+            )
     out.mkdir(parents=True, exist_ok=True)
 
 

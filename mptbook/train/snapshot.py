@@ -25,19 +25,16 @@ from typing import Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import Field
-from pydantic_settings import CliPositionalArg
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from mptbook import world
-from mptbook.directory import fresh_directory, read_config, require_absent, write_about
+from mptbook.directory import fresh_directory, read_config, write_about
 from mptbook.fsdp import resharded
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
-from mptbook.settings import RunSettings
 from mptbook.tokenizer.chat import ChatTemplate
 from mptbook.tokenizer.tokenizer import Tokenizer
 from mptbook.weights import trained_weights, write_tensors, write_weights
@@ -183,18 +180,6 @@ def load_snapshot(
     return state
 
 
-class Consolidate(RunSettings):
-    """Make a model directory of a checkpoint: `mptbook consolidate RUN/step-... --out DIR`."""
-
-    checkpoint: CliPositionalArg[Path] = Field(description="step-... folder of a run")
-    out: Path = Field(description="model directory to write")
-
-    def run(self) -> None:
-        require_absent(self.out)
-        consolidate(self.checkpoint, self.out)
-        print(f"model directory: {self.out}")
-
-
 def consolidate(
     path: Path, out: Path, max_shard_bytes: int = SHARD_BYTES, template: ChatTemplate | None = None
 ) -> None:
@@ -208,10 +193,12 @@ def consolidate(
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if `out` holds something else.
+        ValueError: if `out` holds something else, or the checkpoint adapters alone.
     """
     if not (path / "state.json").is_file():
         raise FileNotFoundError(f"{path} is no checkpoint; give a step-... folder of a run")
+    if json.loads((path / "state.json").read_text())["made_with"].get("lora", {}).get("rank"):
+        raise ValueError(f"{path} has adapters only, which the run's own model/ holds at its end")
     config = read_config(path)
     with torch.device("meta"):
         described = MPT(config).state_dict()

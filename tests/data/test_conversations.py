@@ -102,3 +102,11 @@ def test_plain_text_and_what_is_not_there_are_refused(tmp_path):
         list(read_conversations(str(tmp_path / "a.txt"), Mistakes()))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         list(read_conversations(str(tmp_path / "b.jsonl"), Mistakes()))
+
+
+def test_a_role_that_is_no_text_is_a_bad_row(tmp_path):
+    rows = [{"messages": [WHY, SO]}, {"messages": [{"role": ["user"], "content": "Why?"}, SO]}]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    mistakes = Mistakes("skip")
+    assert len(list(read_conversations(str(tmp_path / "talks.jsonl"), mistakes))) == 1
+    assert "line 2" in " ".join(mistakes.lines())

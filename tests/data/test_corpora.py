@@ -241,7 +241,19 @@ def test_what_python_brings_along_has_text(name):
     assert sum(map(len, texts)) > 300_000
 
 
-def test_a_line_that_is_not_json_is_named_with_its_number(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n\n{"text": \n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3, is not JSON"):
-        list(read_source(str(tmp_path)))
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"text": ', "is not JSON"),
+        ('{"text": "\\ud800 is half a character"}', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1, 2]", "is no object such as"),
+        ("null", "is no object such as"),
+    ],
+)
+def test_a_line_that_is_no_json_object_is_named_with_its_number(tmp_path, line, what):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine \\ud83d\\ude00"}\n\n' + line + "\n")
+    found = read_source(str(tmp_path))
+    assert next(found).text == "fine 😀"
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3, {what}"):
+        list(found)

@@ -117,6 +117,23 @@ def test_other_settings_on_the_same_folder_are_refused(texts, tmp_path):
         prepare(settings(texts, tmp_path / "rows", row_tokens=32))
 
 
+def test_a_text_that_could_not_be_read_can_be_mended(texts, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("broken\n")
+    with pytest.raises(ValueError, match="line 1, is not JSON"):
+        prepare(settings(texts, tmp_path / "rows", source={"hares": str(file)}))
+    file.write_text((texts / "hares.jsonl").read_text())
+    assert prepare(settings(texts, tmp_path / "rows", source={"hares": str(file)}))["hares"].rows
+
+
+@pytest.mark.parametrize("name", ["", "../hares", "a/b", ".hares", "a\\b"])
+def test_a_domain_that_is_no_name_of_a_file_is_refused(texts, tmp_path, name):
+    source = {name: str(texts / "hares.jsonl")}
+    with pytest.raises(ValueError, match="begin it with a letter, without / or"):
+        prepare(settings(texts, tmp_path / "rows", source=source))
+    assert not (tmp_path / "rows").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(texts, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="not empty"):

@@ -181,6 +181,7 @@ def test_the_command_measures_every_length_and_place(folder, model, tokenizer, c
         ({"--book": "nowhere.txt"}, "nowhere.txt"),
         ({"--positions": "999999"}, "behind position 999999 needs"),
         ({"--spans": "0"}, "spans='0': input should be greater"),
+        ({"--out": __file__}, "is there already and holds no figures; choose another --out"),
     ],
 )
 def test_a_mistake_is_one_line(folder, changes, message, capsys):

@@ -8,6 +8,7 @@ from tiny_readers import mpt_directory
 
 from mptbook.__main__ import main
 from mptbook.data.benchmarks import Question
+from mptbook.directory import save_model
 from mptbook.eval import command
 from mptbook.eval.reader import load_reader
 from mptbook.eval.results import Results, model_digest, task_key
@@ -21,6 +22,9 @@ from mptbook.eval.suite import (
     summary,
 )
 from mptbook.eval.tasks import Choice, Completion, Generation, pose
+from mptbook.model.config import MPTConfig
+from mptbook.model.mpt import MPT
+from mptbook.tokenizer.tokenizer import Tokenizer
 
 ROWS = [
     {"query": f"the cat {n}", "choices": [f"sat {n}", "ate the hat", "no"], "gold": n % 3,
@@ -213,6 +217,8 @@ def test_several_processes_are_refused(folder, suite, monkeypatch, capsys):
     [
         (("--suite", "defualt"), "defualt is no suite; there are default, gauntlet"),
         (("--suite", "default", "--tasks", "arc"), "arc is no task of the suite; it has last-word"),
+        (("--tasks", "boolq"), "tasks has no effect without a suite; add --suite default"),
+        (("--suite", "default", "--source", "a=b"), "source has no effect with a suite; leave one"),
     ],
 )
 def test_what_does_not_exist_is_named(folder, words, message, capsys):
@@ -267,6 +273,18 @@ def test_without_a_suite_the_verb_still_gives_bits_per_byte(folder, tmp_path, ca
     assert evaluate(folder, "--source", f"cats={text}") == 0
     assert "cats: " in (said := capsys.readouterr().out)
     assert "bits per byte" in said
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(folder, tmp_path, capsys):
+    tokenizer = Tokenizer.load(folder)
+    small = MPTConfig(
+        d_model=12, n_heads=2, n_layers=1, max_seq_len=64, vocab_size=len(tokenizer) - 1
+    )
+    save_model(MPT(small), tmp_path / "m", tokenizer)
+    (tmp_path / "cats.txt").write_text("the cat sat on the mat. " * 5000)
+    assert evaluate(tmp_path / "m", "--source", f"cats={tmp_path / 'cats.txt'}") == 2
+    said = f"the tokenizer has {len(tokenizer)} ids, the model {len(tokenizer) - 1}"
+    assert said in capsys.readouterr().err
 
 
 def test_generations_are_graded_by_the_task(folder, tmp_path):

@@ -114,6 +114,13 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(settings, monkeypatch):
         prefer(cut)
     with pytest.raises(ValueError, match=r"cut was begun with beta=0\.1, not 0\.2; go on"):
         prefer(cut.model_copy(update={"resume": True, "beta": 0.2}))
+    with pytest.raises(ValueError, match=r"was begun with max_tokens=None, not 50; go on"):
+        prefer(cut.model_copy(update={"resume": True, "max_tokens": 50}))
+    noted = (cut.out / "run.toml").read_text()
+    (cut.out / "run.toml").write_text(f"max_tokens = 50\n{noted}")
+    with pytest.raises(ValueError, match=r"was begun with max_tokens=50, not None; go on"):
+        prefer(cut.model_copy(update={"resume": True}))
+    (cut.out / "run.toml").write_text(noted)
     prefer(cut.model_copy(update={"resume": True}))
     assert events(cut.out, "step")[-1]["step"] == events(settings.out, "step")[-1]["step"]
     for name, weight in load_model(cut.out).state_dict().items():

@@ -57,6 +57,11 @@ def test_figures_are_written_as_printed(tmp_path, capsys):
     assert found["run"]["cost"] == pytest.approx(2 * found["run"]["gpu_hours"])
     assert found["memory"]["moments"]["backward"]["total"] > 0
     assert lines(found)[0].startswith("mpt-30b on 256 x H100-80GB")
+    assert planned(f"mpt-7b --out {file}", capsys)[0] == 0  # figures give way to figures
+    file.write_text("a thesis")
+    code, _, said = planned(f"mpt-7b --out {file}", capsys)
+    assert (code, file.read_text()) == (2, "a thesis")
+    assert "is there already and holds no figures; choose another --out" in said
 
 
 def test_a_run_that_does_not_fit_is_printed_as_far_as_it_goes_and_refused(capsys):

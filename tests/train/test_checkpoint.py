@@ -7,12 +7,13 @@ import subprocess
 import pytest
 import torch
 
+from mptbook.__main__ import main
 from mptbook.model.config import MPTConfig
 from mptbook.model.mpt import MPT
 from mptbook.optim.lion import Lion
 from mptbook.tokenizer.bpe import train_bpe
 from mptbook.train.checkpoint import Writer, checkpoints, damage, write_checkpoint
-from mptbook.train.snapshot import FORMAT, Snapshot, load_snapshot
+from mptbook.train.snapshot import FORMAT, Snapshot, consolidate, load_snapshot
 
 CONFIG = MPTConfig(d_model=12, n_heads=2, n_layers=1, vocab_size=300, max_seq_len=9)
 MADE_WITH = {"batch_tokens": 64, "tokenizer": "abc"}
@@ -201,3 +202,20 @@ def test_a_checkpoint_moved_elsewhere_is_as_good(saved, tmp_path):
     moved = saved.rename(tmp_path / "elsewhere" / saved.name)
     assert damage(moved) == ""
     assert load_snapshot(moved, *trained(steps=0), MADE_WITH)["step"] == 7
+
+
+def test_a_model_directory_is_made_of_whole_checkpoints_with_all_weights(tokenizer, tmp_path):
+    path = write_checkpoint(snapshot(*trained(), tokenizer), tmp_path, keep=1)
+    words = ["consolidate", str(path), "--out", str(tmp_path / "model")]
+    assert main(words) == 0
+    with (path / "model.safetensors").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"xx")
+    words[-1] = str(tmp_path / "damaged")
+    assert main(words) == 2
+    assert not (tmp_path / "damaged").exists()
+    state = json.loads((path / "state.json").read_text())
+    state["made_with"]["lora"] = {"rank": 4}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="has adapters only"):
+        consolidate(path, tmp_path / "damaged")

@@ -10,6 +10,8 @@ def step(n, loss, refused=""):
     return {"kind": "step", "step": n, "loss": loss, "grad_norm": loss, "refused": refused}
 
 
+LIKED = {"kind": "step", "step": 1, "loss": 0.7, "accuracy": 0.5}  # of mptbook prefer
+
 LINES = [
     {"kind": "started", "step": 0, "resumed": False},
     {"kind": "stage", "step": 0, "row_tokens": 16, "batch_tokens": 64, "domains": []},
@@ -87,3 +89,10 @@ def test_the_command_tells_and_draws(tmp_path, capsys):
     assert main(["history", str(write(tmp_path, LINES)), "--plot", str(picture)]) == 0
     assert "back to step 1" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_of_a_run_that_refuses_none_are_no_decisions(tmp_path):
+    started = {"kind": "started", "step": 0, "resumed": False}
+    lines = "".join(json.dumps(line) + "\n" for line in [started, LIKED])
+    (tmp_path / "log.jsonl").write_text(lines)
+    assert decisions(tmp_path) == [started]

@@ -151,7 +151,13 @@ def test_the_settings_file_of_a_run_repeats_it(settings, tmp_path):
         ({"micro_batch_tokens": "48"}, "is not a multiple of micro_batch_tokens=48; take 48"),
         ({"model": "mpt-7c"}, "did you mean mpt-7b?"),
         ({"shape": "n_head=3"}, "n_head is not a field of an MPT configuration; did you mean"),
+        ({"shape": "no_bias=False"}, "no_bias is 'False'; it must be bool"),
+        ({"shape": "resid_pdrop=nan"}, "resid_pdrop is nan; it must be from 0 on"),
+        ({"shape": "attn_config=foo"}, "give the fields of attn_config by their own names"),
+        ({"shape": "no_bias"}, "--shape no_bias: it must be NAME=VALUE"),
+        ({"mixture": "hares=0"}, "error: no source of ['hares'] has a weight above 0; give one"),
         ({"shape": "vocab_size=299"}, "has 300 ids, the model only 299"),
+        ({"device": "meta"}, "device is meta; it must be auto, cpu, cuda or cuda:NUMBER"),
         ({"device": "cuda"}, "device is cuda, but no CUDA device is here; use --device cpu"),
         ({"data": "nowhere"}, "nowhere is not prepared; run: mptbook prepare"),
     ],
@@ -236,6 +242,30 @@ def test_a_resume_without_a_good_checkpoint_says_what_is_wrong_with_each(setting
     message = r"no checkpoint that is whole \(step-000002: config.json is missing; step-000000"
     with pytest.raises(ValueError, match=message):
         pretrain(settings(out, resume=True))
+
+
+def test_a_finished_model_is_not_made_anew_without_its_checkpoints(settings, tmp_path):
+    out = tmp_path / "run"
+    model = weights(pretrain(settings(out)))
+    with pytest.raises(ValueError, match="has taken 12 steps, more than steps=8; go on with as"):
+        pretrain(settings(out, steps=8, resume=True))
+    with pytest.raises(ValueError, match="steps"):  # what it was begun with is still said
+        pretrain(Pretrain.from_toml(out / "run.toml", steps=11, resume=True))
+    for step in out.glob("step-*"):
+        shutil.rmtree(step)
+    with pytest.raises(ValueError, match="has a model and no checkpoint to go on from"):
+        pretrain(settings(out, resume=True))
+    assert_identical(weights(out / "model"), model)
+    assert Pretrain.from_toml(out / "run.toml").steps == 12
+
+
+def test_a_run_of_another_verb_is_not_gone_on_with(settings, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.toml").write_text("beta = 0.1\n")
+    with pytest.raises(ValueError, match=r"was begun with beta=0.1, which this verb does not have"):
+        pretrain(settings(out, resume=True))
+    assert (out / "run.toml").read_text() == "beta = 0.1\n"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_its_beginning(settings, tmp_path):
